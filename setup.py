@@ -1,0 +1,48 @@
+"""Packaging of specproxy. Tool settings stand in pyproject.toml, the tested versions in constraints.txt."""
+
+import runpy
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = runpy.run_path(str(ROOT / "specproxy" / "version.py"))["__version__"]
+
+TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "scipy>=1.13"]
+
+setup(
+    name="specproxy",
+    version=VERSION,
+    description="Exact, speculative decoding for proxy-tuned language models",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    # The kernels stand in kernels/ under an import name of their own: a top-level module named "kernels" would shadow
+    # the library of that name which Transformers looks for.
+    packages=[*find_packages(include=["specproxy", "specproxy.*"]), "specproxy_kernels"],
+    package_dir={"specproxy_kernels": "kernels/specproxy_kernels"},
+    package_data={"specproxy": ["py.typed", "models/**"], "specproxy_kernels": ["py.typed"]},
+    include_package_data=False,
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.16,<6",
+        "accelerate>=1.1",  # Transformers needs it for device_map
+        "numpy",
+        "safetensors",
+        "typer>=0.29",
+        "rich>=13",
+    ],
+    extras_require={
+        "kernels": ["triton>=3.6; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"],
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.15", "mypy>=1.18"],
+    },
+    entry_points={"console_scripts": ["specproxy = specproxy.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
