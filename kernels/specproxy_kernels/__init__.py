@@ -1,0 +1,51 @@
+"""Operations of proxy-tuned decoding on tensors: logit arithmetic, acceptance sampling, noise, window attention.
+
+Usable without `specproxy`: this package imports torch alone. Every operation has one torch reference (`reference`, `attention`,
+`noise`), which is the oracle of the tests and the path taken on the CPU.
+"""
+
+from specproxy_kernels.attention import window_attention, window_bias
+from specproxy_kernels.noise import coin_noise, gumbel_noise, philox, row_keys
+from specproxy_kernels.reference import (
+    RULES,
+    STATUS_EMPTY_RESIDUAL,
+    STATUS_EMPTY_SUPPORT,
+    STATUS_NON_FINITE,
+    Acceptance,
+    DraftLaw,
+    LogitPair,
+    NoiseStream,
+    WarpParameters,
+    accept_window,
+    combine_logits,
+    emit_next_token,
+    pack_allowed_tokens,
+    sample_drafts,
+    sample_next_token,
+    verify_window,
+)
+
+__all__ = [
+    "RULES",
+    "STATUS_EMPTY_RESIDUAL",
+    "STATUS_EMPTY_SUPPORT",
+    "STATUS_NON_FINITE",
+    "Acceptance",
+    "DraftLaw",
+    "LogitPair",
+    "NoiseStream",
+    "WarpParameters",
+    "accept_window",
+    "coin_noise",
+    "combine_logits",
+    "emit_next_token",
+    "gumbel_noise",
+    "pack_allowed_tokens",
+    "philox",
+    "row_keys",
+    "sample_drafts",
+    "sample_next_token",
+    "verify_window",
+    "window_attention",
+    "window_bias",
+]

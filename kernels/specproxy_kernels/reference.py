@@ -1,0 +1,664 @@
+"""The torch reference of the logit arithmetic, the acceptance rules and the token draws: oracle and CPU path.
+
+Notation (B rows, W window positions, G = W - 1 drafts, V shared vocabulary):
+
+    s(v)    = s_base + sum over pairs of alpha * (s_expert - s_anti)         combined logits, promote(float32, input)
+    z(v)    = penalised s(v) / T
+    logp(v) = z(v) - lse   where z(v) >= tau, else -inf                      the target law p at one position
+    logq(v)                                                                  the draft law q, the same warp on the drafter's logits
+
+Glossary
+    target      the proxy-tuned law p, never the base model.
+    draft       a proposed token, drawn from q (or certain: q one-hot).
+    residual    the normalised (w * p - q)+, drawn from where a draft was refused (w = 1 except under `block`).
+    bonus       the token drawn from p after every draft survived.
+    next token  residual or bonus token: the one token of a cycle that no drafter proposed.
+
+Rules: `rejection` (Leviathan et al. 2023, arXiv 2211.17192), `block` (Sun et al. 2024, arXiv 2403.10444), `coupled` (Daliri et al.
+2024, arXiv 2408.07978). A row of temperature 0 is greedy: under any rule a draft survives while it equals the target's argmax.
+
+This module knows nothing of models, caches or requests, and never synchronises with the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specproxy_kernels.noise import PURPOSE_RESIDUAL, PURPOSE_TOKEN, coin_noise, gumbel_noise
+
+__all__ = [
+    "RULES",
+    "STATUS_EMPTY_RESIDUAL",
+    "STATUS_EMPTY_SUPPORT",
+    "STATUS_NON_FINITE",
+    "Acceptance",
+    "DraftLaw",
+    "LogitPair",
+    "NoiseStream",
+    "WarpParameters",
+    "WarpedLaw",
+    "accept_drafts",
+    "accept_window",
+    "block_acceptance",
+    "combine_logits",
+    "emit_next_token",
+    "pack_allowed_tokens",
+    "pair_at",
+    "residual_log_weights",
+    "sample_drafts",
+    "sample_next_token",
+    "verify_window",
+    "warp_law",
+]
+
+RULES = ("rejection", "block", "coupled")
+
+STATUS_NON_FINITE = 1  # NaN or +inf in the combined logits, or the anti-expert alone at -inf
+STATUS_EMPTY_SUPPORT = 2  # no token is left to draw
+STATUS_EMPTY_RESIDUAL = 4  # a refused draft left no residual mass (rounding): drawn from p; not an error
+
+
+class LogitPair(NamedTuple):
+    """One expert and anti-expert with their strength.
+
+    Args:
+        expert: [B, W, V_expert], floating.
+        anti_expert: [B, W, V_anti], floating, or None for a term `alpha * s_expert` alone.
+        alpha: [B, W], the proxy strength at each position.
+    """
+
+    expert: Tensor
+    anti_expert: Tensor | None
+    alpha: Tensor
+
+
+@dataclass(frozen=True)
+class WarpParameters:
+    """The sampling parameters of B rows, in Hugging Face's order: penalties, temperature, top-k, top-p, min-p.
+
+    Each optional tensor is None where no row uses it. Host integers and flags come from the host's own copy of the
+    parameters, so that no operation has to ask the device.
+
+    Args:
+        temperature: float32 [B]; 0 marks a greedy row.
+        top_k: int64 [B]; 0 keeps all. Ties with the k-th value are kept.
+        top_p: float32 [B]; 1 keeps all. Ties with the last kept value are kept.
+        min_p: float32 [B]; 0 keeps all.
+        repetition_penalty: float32 [B]; 1 changes nothing (Keskar et al. 2019, arXiv 1909.05858).
+        seen: bool [B, V], tokens of prompt and output so far; needed with `repetition_penalty`.
+        allowed: int32 [B or 1, W or 1, ceil(V / 32)], bit v % 32 of word v // 32 allows token v (see `pack_allowed_tokens`).
+        max_top_k: largest top_k of any row that bounds a list of candidates, or 0 where some row keeps all.
+        any_greedy, any_sampling: whether some row is greedy, and whether some row samples.
+    """
+
+    temperature: Tensor
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+    repetition_penalty: Tensor | None = None
+    seen: Tensor | None = None
+    allowed: Tensor | None = None
+    max_top_k: int = 0
+    any_greedy: bool = True
+    any_sampling: bool = True
+
+    @property
+    def greedy(self) -> Tensor:
+        """bool [B], rows of temperature 0."""
+        return self.temperature == 0
+
+
+class WarpedLaw(NamedTuple):
+    """A law after warping: logits [B, W, V] with filter threshold and log-sum-exp of the kept logits, each [B, W]."""
+
+    z: Tensor
+    tau: Tensor | None
+    lse: Tensor
+
+    def kept(self) -> Tensor:
+        """Logits [B, W, V] with the filtered ones at -inf."""
+        return self.z if self.tau is None else self.z.masked_fill(self.z < self.tau[..., None], -inf)
+
+    def log_prob(self) -> Tensor:
+        """Log-probabilities [B, W, V]."""
+        return self.kept() - self.lse[..., None]
+
+    def log_prob_of(self, tokens: Tensor) -> Tensor:
+        """Log-probabilities [B, W] of int64 tokens [B, W]."""
+        z = self.z.gather(-1, tokens[..., None])[..., 0]
+        log_prob = z - self.lse
+        return log_prob if self.tau is None else log_prob.masked_fill(z < self.tau, -inf)
+
+
+class DraftLaw(NamedTuple):
+    """What the drafts were drawn from: raw drafter logits [B, G, V_draft] and the descriptors kept at the draw, [B, G] each."""
+
+    logits: Tensor
+    tau: Tensor | None
+    lse: Tensor
+
+
+class NoiseStream(NamedTuple):
+    """Where a cycle's noise comes from: row keys int64 [B], the index of the window's first token int64 [B], and the rule's nonce.
+
+    `block_start` is int64 [B] (equal to `start`) under `block`, None otherwise.
+    """
+
+    key: Tensor
+    start: Tensor
+    block_start: Tensor | None = None
+
+    def tokens(self, first: int, count: int, vocab_size: int) -> Tensor:
+        """Gumbel noise float32 [B, count, V] of the token purpose at window positions first, first + 1, ..."""
+        return gumbel_noise(self.key, self._index(first, count), PURPOSE_TOKEN, vocab_size, self.block_start)
+
+    def next_token(self, num_accepted: Tensor, rule: str, vocab_size: int) -> Tensor:
+        """Gumbel noise float32 [B, V] for the token after `num_accepted` [B] drafts."""
+        purpose = PURPOSE_TOKEN if rule == "coupled" else PURPOSE_RESIDUAL
+        index = (self.start + num_accepted)[:, None]
+        return gumbel_noise(self.key, index, purpose, vocab_size, self.block_start)[:, 0]
+
+    def coins(self, count: int) -> Tensor:
+        """Coins float32 [B, count]."""
+        return coin_noise(self.key, self._index(0, count), self.block_start)
+
+    def _index(self, first: int, count: int) -> Tensor:
+        return self.start[:, None] + torch.arange(first, first + count, device=self.start.device)
+
+
+class Acceptance(NamedTuple):
+    """The outcome of a window of drafts.
+
+    Args:
+        num_accepted: int64 [B], leading drafts that survive.
+        log_weight: [B], log of the weight w of the residual at the first refused position; 0 except under `block`.
+        is_bonus: bool [B], whether every draft survived.
+    """
+
+    num_accepted: Tensor
+    log_weight: Tensor
+    is_bonus: Tensor
+
+
+def combine_logits(base: Tensor, pairs: Sequence[LogitPair], vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Combined logits s = s_base + sum alpha * (s_expert - s_anti) over the shared vocabulary.
+
+    Args:
+        base: [B, W, V_base], floating; any strides, V_base >= vocab_size.
+        pairs: expert and anti-expert logits with their strengths.
+        vocab_size: V; wider logits are cut.
+
+    Returns:
+        s: [B, W, V] in promote(float32, inputs); -inf where the base or an expert is -inf.
+        bad: bool [B, W], rows with NaN or +inf, or with an infinite anti-expert alone; their s is not usable.
+
+    Source: Liu et al. 2024, arXiv 2401.08565, section 2.
+    """
+    base = base[..., :vocab_size]
+    dtype = torch.promote_types(base.dtype, torch.float32)
+    combined = base.to(dtype)
+    masked = base == -inf
+    for pair in pairs:
+        expert = pair.expert[..., :vocab_size].to(dtype)
+        masked = masked | (expert == -inf)
+        difference = expert if pair.anti_expert is None else expert - pair.anti_expert[..., :vocab_size]
+        # Infinities that the expert's mask does not explain become NaN, so that no alpha (0, negative) can hide them.
+        difference = difference.masked_fill(difference.isinf(), torch.nan)
+        combined = combined + pair.alpha.to(dtype)[..., None] * difference
+    combined = combined.masked_fill(masked, -inf)
+    bad = ~(combined < inf).all(dim=-1)
+    return combined, bad
+
+
+def pack_allowed_tokens(allowed: Tensor) -> Tensor:
+    """Pack bool [..., V] into the int32 bit words [..., ceil(V / 32)] of `WarpParameters.allowed`."""
+    vocab_size = allowed.shape[-1]
+    words = torch.nn.functional.pad(allowed, (0, -vocab_size % 32)).unflatten(-1, (-1, 32)).long()
+    packed = (words << torch.arange(32, device=allowed.device)).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def _unpack_allowed_tokens(words: Tensor, vocab_size: int) -> Tensor:
+    bits = (words[..., None] >> torch.arange(32, device=words.device, dtype=torch.int32)) & 1
+    return bits.flatten(-2)[..., :vocab_size].bool()
+
+
+def _seen_at(seen: Tensor, drafts: Tensor, position: Tensor) -> Tensor:
+    """bool [B, W, V]: tokens of the prefix at each window position, which holds the drafts before that position."""
+    window = seen[:, None].expand(-1, position.shape[1], -1).clone()
+    for j in range(drafts.shape[1]):
+        token = drafts[:, j, None, None].expand(-1, position.shape[1], 1)
+        window.scatter_(-1, token, window.gather(-1, token) | (position > j)[..., None])
+    return window
+
+
+def _penalised(logits: Tensor, parameters: WarpParameters, drafts: Tensor, position: Tensor) -> Tensor:
+    """z [B, W, V]: allowed tokens, penalties with each position's own prefix, temperature."""
+    if parameters.allowed is not None:
+        words = parameters.allowed
+        if words.shape[1] > 1:
+            rows = torch.arange(position.shape[0], device=position.device)[:, None]
+            words = words.expand(position.shape[0], -1, -1)[rows, position]
+        logits = logits.masked_fill(~_unpack_allowed_tokens(words, logits.shape[-1]), -inf)
+    if parameters.repetition_penalty is not None:
+        assert parameters.seen is not None, "a repetition penalty needs the tokens seen so far"
+        penalty = parameters.repetition_penalty.to(logits.dtype)[:, None, None]
+        penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+        logits = torch.where(_seen_at(parameters.seen, drafts, position), penalised, logits)
+    if parameters.any_sampling:
+        temperature = parameters.temperature
+        if parameters.any_greedy:
+            temperature = torch.where(parameters.greedy, 1.0, temperature)
+        logits = logits / temperature.to(logits.dtype)[:, None, None]
+    return logits
+
+
+def _filter_threshold(z: Tensor, parameters: WarpParameters) -> Tensor | None:
+    """tau [B, W], the smallest kept logit, or None where no row filters."""
+    tau: Tensor | None = None
+    vocab_size = z.shape[-1]
+    bounded = 0 < parameters.max_top_k < vocab_size
+    candidates = None
+    if parameters.top_k is not None or parameters.top_p is not None:
+        candidates = z.topk(parameters.max_top_k if bounded else vocab_size, dim=-1).values
+    if parameters.top_k is not None and candidates is not None:
+        count = candidates.shape[-1]
+        index = torch.where(parameters.top_k > 0, parameters.top_k.clamp(max=count), count) - 1
+        index = index[:, None, None].expand(-1, z.shape[1], 1)
+        tau = candidates.gather(-1, index)[..., 0].masked_fill((parameters.top_k == 0)[:, None], -inf)
+    if parameters.top_p is not None and candidates is not None:
+        # A value is kept while the mass strictly above it is below p: ties stand or fall together. The total counts ties
+        # with the k-th value too, which the list of candidates may not hold.
+        kept = z if tau is None else z.masked_fill(z < tau[..., None], -inf)
+        mass = (candidates - kept.logsumexp(-1, keepdim=True)).exp()
+        if tau is not None:
+            mass = mass.masked_fill(candidates < tau[..., None], 0)
+        above = mass.cumsum(-1) - mass
+        top_p = parameters.top_p.to(z.dtype)[:, None, None]
+        inside = (above < top_p) & (mass > 0)
+        inside[..., 0] = True
+        threshold = candidates.masked_fill(~inside, inf).amin(-1)
+        threshold = threshold.masked_fill((parameters.top_p >= 1)[:, None], -inf)
+        tau = threshold if tau is None else torch.maximum(tau, threshold)
+    if parameters.min_p is not None:
+        threshold = z.amax(-1) + parameters.min_p.to(z.dtype).log()[:, None]
+        tau = threshold if tau is None else torch.maximum(tau, threshold)
+    return tau
+
+
+def warp_law(logits: Tensor, parameters: WarpParameters, drafts: Tensor, position: Tensor) -> WarpedLaw:
+    """The one warp, for p and q alike: penalties, temperature, filters, with the prefix that belongs to each position.
+
+    Args:
+        logits: [B, W, V], floating, at least float32.
+        parameters: of the B rows.
+        drafts: int64 [B, G], the cycle's drafted tokens so far.
+        position: int64 [B, W], window position of each column: the prefix holds the drafts before it.
+
+    Returns:
+        The warped law of every position.
+    """
+    z = _penalised(logits, parameters, drafts, position)
+    if not parameters.any_sampling:
+        return WarpedLaw(z, None, z.amax(-1))
+    tau = _filter_threshold(z, parameters)
+    kept = z if tau is None else z.masked_fill(z < tau[..., None], -inf)
+    return WarpedLaw(z, tau, kept.logsumexp(-1))
+
+
+def _race(scores: Tensor, noise: Tensor, greedy: Tensor | None) -> Tensor:
+    """First argmax [B, W] of scores + Gumbel noise: a draw from softmax(scores); of the scores alone where greedy."""
+    if greedy is not None:
+        noise = noise.masked_fill(greedy.view(-1, *[1] * (noise.ndim - 1)), 0)
+    return (scores + noise).argmax(-1)
+
+
+def sample_drafts(
+    logits: Tensor,
+    parameters: WarpParameters,
+    drafts: Tensor,
+    position: Tensor,
+    noise: Tensor | None,
+    vocab_size: int,
+) -> tuple[Tensor, DraftLaw]:
+    """Draw one draft per row and keep the descriptor of its law.
+
+    Args:
+        logits: [B, 1, V_draft], the drafter's logits at this position.
+        parameters: of the B rows.
+        drafts: int64 [B, i], drafts before this position.
+        position: int64 [B, 1], the window position, i.
+        noise: float32 [B, 1, V] Gumbel noise of the token purpose; may be None where every row is greedy.
+        vocab_size: V; wider logits are cut.
+
+    Returns:
+        tokens: int64 [B, 1].
+        law: with which `accept_drafts` scores them; the logits are kept, not copied.
+    """
+    cut = logits[..., :vocab_size]
+    law = warp_law(cut.to(torch.promote_types(cut.dtype, torch.float32)), parameters, drafts, position)
+    if not parameters.any_sampling:
+        tokens = law.z.argmax(-1)
+    else:
+        assert noise is not None, "sampling needs noise"
+        tokens = _race(law.kept(), noise, parameters.greedy if parameters.any_greedy else None)
+    return tokens, DraftLaw(logits, law.tau, law.lse)
+
+
+def _restore(law: DraftLaw, parameters: WarpParameters, drafts: Tensor, position: Tensor, vocab_size: int) -> WarpedLaw:
+    """The draft law as drawn from: the same elementwise warp on the same logits, with the kept descriptors."""
+    logits = law.logits[..., :vocab_size]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return WarpedLaw(_penalised(logits, parameters, drafts, position), law.tau, law.lse)
+
+
+def _leading(survives: Tensor) -> Tensor:
+    """Length [B] of the leading run of True in [B, G]."""
+    return survives.long().cumprod(-1).sum(-1)
+
+
+def residual_log_weights(target: Tensor, draft: Tensor) -> Tensor:
+    """log (exp(target) - exp(draft))+, elementwise, from log-weights; -inf where the draft is at least the target."""
+    positive = draft < target
+    difference = torch.where(positive, draft - target, -inf)
+    return (target + torch.log1p(-difference.exp())).masked_fill(~positive, -inf)
+
+
+def block_acceptance(log_ratio: Tensor, log_target: Tensor, log_draft: Tensor, num_drafts: Tensor) -> tuple[Tensor, Tensor]:
+    """Acceptance probabilities of block verification.
+
+    P_0 = 1, P_i = min(1, P_{i-1} p(x_i) / q(x_i)); R_i = sum over v of (P_i p_{i+1}(v) - q_{i+1}(v))+;
+    h_i = R_i / (R_i + 1 - P_i) for i below the number of drafts G (1 where the denominator vanishes), h_G = P_G.
+
+    Args:
+        log_ratio: [B, G], log p - log q at each draft.
+        log_target: [B, G, V], log p at each drafted position.
+        log_draft: [B, G, V], log q at each drafted position.
+        num_drafts: int64 [B], drafts of each row; later columns are ignored.
+
+    Returns:
+        h: [B, G], probability that the block up to and including draft i + 1 is kept, column i.
+        log_weight: [B, G + 1], log P_i.
+
+    Source: Sun et al. 2024, arXiv 2403.10444, algorithm 2.
+    """
+    batch, count = log_ratio.shape
+    weights = [log_ratio.new_zeros(batch)]
+    for i in range(count):
+        weights.append((weights[-1] + log_ratio[:, i]).clamp(max=0))
+    log_weight = torch.stack(weights, dim=1)
+    mass = residual_log_weights(log_target + log_weight[:, :count, None], log_draft).exp().sum(-1)
+    inner_mass = torch.nn.functional.pad(mass[:, 1:], (0, 1))
+    weight = log_weight[:, 1:].exp()
+    denominator = inner_mass + 1 - weight
+    inner = torch.where(denominator > 0, inner_mass / denominator, 1.0)
+    is_last = torch.arange(1, count + 1, device=log_ratio.device) == num_drafts[:, None]
+    return torch.where(is_last, weight, inner), log_weight
+
+
+def accept_drafts(
+    rule: str,
+    target: WarpedLaw,
+    drafts: Tensor,
+    num_drafts: Tensor,
+    draft_law: DraftLaw | None,
+    parameters: WarpParameters,
+    coins: Tensor | None,
+    token_noise: Tensor | None,
+) -> Acceptance:
+    """How many leading drafts survive.
+
+    Args:
+        rule: one of `RULES`; greedy rows use equality under each of them.
+        target: the target law at the G drafted positions.
+        drafts: int64 [B, G].
+        num_drafts: int64 [B], drafts of each row, at most G; later columns are ignored.
+        draft_law: what the drafts were drawn from; None where they are certain (one-hot).
+        parameters: of the B rows.
+        coins: float32 [B, G], uniform in [0, 1); needed by `rejection` and `block`.
+        token_noise: float32 [B, G, V], the noise of the token purpose; needed by `coupled`.
+
+    Returns:
+        The acceptance of every row.
+    """
+    batch, count = drafts.shape
+    column = torch.arange(count, device=drafts.device)
+    live = column < num_drafts[:, None]
+    log_weight = torch.zeros(batch, dtype=target.z.dtype, device=drafts.device)
+    if count == 0:
+        return Acceptance(torch.zeros_like(num_drafts), log_weight, torch.ones_like(live.any(-1)))
+    greedy = parameters.greedy if parameters.any_greedy else None
+    num_accepted = None
+    if parameters.any_greedy or rule == "coupled":
+        if not parameters.any_sampling:
+            tokens = target.z.argmax(-1)
+        elif rule == "coupled":
+            assert token_noise is not None, "the coupled rule needs the drafts' noise"
+            tokens = _race(target.kept(), token_noise, greedy)
+        else:
+            tokens = target.kept().argmax(-1)
+        num_accepted = _leading((tokens == drafts) & live)
+    if parameters.any_sampling and rule != "coupled":
+        assert coins is not None, f"the {rule} rule needs coins"
+        log_target = target.log_prob_of(drafts)
+        position = column.expand(batch, -1)
+        vocab_size = target.z.shape[-1]
+        if draft_law is None:
+            law = None
+            log_draft = torch.zeros_like(log_target)
+        else:
+            law = _restore(draft_law, parameters, drafts, position, vocab_size)
+            log_draft = law.log_prob_of(drafts)
+        log_ratio = log_target - log_draft
+        if rule == "rejection":
+            sampled = _leading((coins < log_ratio.clamp(max=0).exp()) & live)
+        else:
+            full_draft = _one_hot_log(drafts, vocab_size, target.z.dtype) if law is None else law.log_prob()
+            keep_probability, log_weights = block_acceptance(log_ratio, target.log_prob(), full_draft, num_drafts)
+            kept = (coins < keep_probability) & live
+            sampled = ((column + 1) * kept).amax(-1)
+            log_weight = log_weights.gather(1, sampled[:, None])[:, 0]
+        if greedy is None or num_accepted is None:
+            num_accepted = sampled
+        else:
+            num_accepted = torch.where(greedy, num_accepted, sampled)
+            log_weight = log_weight.masked_fill(greedy, 0)
+    assert num_accepted is not None
+    return Acceptance(num_accepted, log_weight, num_accepted == num_drafts)
+
+
+def _one_hot_log(tokens: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    log_prob = torch.full((*tokens.shape, vocab_size), -inf, dtype=dtype, device=tokens.device)
+    return log_prob.scatter_(-1, tokens[..., None], 0.0)
+
+
+def sample_next_token(
+    rule: str,
+    target: WarpedLaw,
+    acceptance: Acceptance,
+    drafts: Tensor,
+    draft_law: DraftLaw | None,
+    parameters: WarpParameters,
+    noise: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Draw each row's next token: from the residual at the first refused draft, from the target after the last one.
+
+    Args:
+        rule: as in `accept_drafts`.
+        target: the target law at position `num_accepted` of each row, [B, 1, V].
+        acceptance: from `accept_drafts`.
+        drafts: int64 [B, G].
+        draft_law: as in `accept_drafts`.
+        parameters: of the B rows.
+        noise: float32 [B, V]; may be None where every row is greedy.
+
+    Returns:
+        next_token: int64 [B].
+        status: int32 [B], `STATUS_EMPTY_RESIDUAL` or 0.
+    """
+    scores = target.kept()[:, 0]
+    status = torch.zeros(drafts.shape[0], dtype=torch.int32, device=drafts.device)
+    if not parameters.any_sampling:
+        return scores.argmax(-1), status
+    assert noise is not None, "sampling needs noise"
+    greedy = parameters.greedy if parameters.any_greedy else None
+    if rule != "coupled" and drafts.shape[1] > 0:
+        log_target = target.log_prob()[:, 0]
+        refused = acceptance.num_accepted.clamp(max=drafts.shape[1] - 1)[:, None]
+        if draft_law is None:
+            log_draft = _one_hot_log(drafts.gather(1, refused)[:, 0], scores.shape[-1], scores.dtype)
+        else:
+            row = DraftLaw(
+                draft_law.logits.gather(1, refused[..., None].expand(-1, -1, draft_law.logits.shape[-1])),
+                None if draft_law.tau is None else draft_law.tau.gather(1, refused),
+                draft_law.lse.gather(1, refused),
+            )
+            log_draft = _restore(row, parameters, drafts, refused, scores.shape[-1]).log_prob()[:, 0]
+        residual = residual_log_weights(log_target + acceptance.log_weight[:, None], log_draft)
+        from_target = acceptance.is_bonus if greedy is None else acceptance.is_bonus | greedy
+        empty = (residual == -inf).all(-1) & ~from_target
+        status = empty.to(torch.int32) * STATUS_EMPTY_RESIDUAL
+        scores = torch.where((from_target | empty)[:, None], scores, residual)
+    return _race(scores, noise, greedy), status
+
+
+def _target_law(
+    base: Tensor,
+    pairs: Sequence[LogitPair],
+    parameters: WarpParameters,
+    drafts: Tensor,
+    position: Tensor,
+    vocab_size: int,
+) -> tuple[WarpedLaw, Tensor]:
+    """The target law at given window positions, and what is wrong with it (int32 [B, W] of status bits)."""
+    combined, bad = combine_logits(base, pairs, vocab_size)
+    law = warp_law(combined, parameters, drafts, position)
+    empty = law.z.amax(-1) == -inf
+    status = torch.where(bad, STATUS_NON_FINITE, torch.where(empty, STATUS_EMPTY_SUPPORT, 0)).to(torch.int32)
+    return law, status
+
+
+def accept_window(
+    rule: str,
+    base: Tensor,
+    pairs: Sequence[LogitPair],
+    drafts: Tensor,
+    num_drafts: Tensor,
+    draft_law: DraftLaw | None,
+    parameters: WarpParameters,
+    noise: NoiseStream,
+    vocab_size: int,
+) -> Acceptance:
+    """First half of `verify_window`: logit arithmetic and acceptance at the G drafted positions.
+
+    It needs no logits at the bonus position, so that a caller may compute those only where every draft survived. A draft at a
+    position whose law is not usable (status bits) counts as refused, which leaves that position to `emit_next_token`.
+
+    Args:
+        base: [B, >= G, V_base]; later positions are ignored, here and in `pairs`.
+        others: as in `verify_window`.
+
+    Returns:
+        The acceptance of every row.
+    """
+    batch, count = drafts.shape
+    if count == 0:
+        nothing = torch.zeros_like(num_drafts)
+        return Acceptance(nothing, torch.zeros(batch, device=drafts.device), nothing == 0)
+    position = torch.arange(count, device=drafts.device).expand(batch, -1)
+    at_drafts = [pair_at(pair, slice(0, count)) for pair in pairs]
+    law, status = _target_law(base[:, :count], at_drafts, parameters, drafts, position, vocab_size)
+    samples = parameters.any_sampling
+    coins = noise.coins(count) if samples and rule != "coupled" else None
+    token_noise = noise.tokens(0, count, vocab_size) if samples and rule == "coupled" else None
+    usable = torch.minimum(num_drafts, _leading(status == 0))
+    acceptance = accept_drafts(rule, law, drafts, usable, draft_law, parameters, coins, token_noise)
+    return acceptance._replace(is_bonus=acceptance.num_accepted == num_drafts)
+
+
+def pair_at(pair: LogitPair, positions: slice) -> LogitPair:
+    """A pair's logits and strengths at some window positions (views)."""
+    anti_expert = None if pair.anti_expert is None else pair.anti_expert[:, positions]
+    return LogitPair(pair.expert[:, positions], anti_expert, pair.alpha[:, positions])
+
+
+def _row_at(logits: Tensor, row: Tensor) -> Tensor:
+    return logits.gather(1, row[:, None, None].expand(-1, 1, logits.shape[-1]))
+
+
+def emit_next_token(
+    rule: str,
+    base: Tensor,
+    pairs: Sequence[LogitPair],
+    drafts: Tensor,
+    acceptance: Acceptance,
+    draft_law: DraftLaw | None,
+    parameters: WarpParameters,
+    noise: NoiseStream,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Second half of `verify_window`: each row's next token, drawn at position `num_accepted`.
+
+    Args:
+        base: [B, W, V_base]; only position `num_accepted` of each row is read, here and in `pairs`.
+        acceptance: from `accept_window`.
+        others: as in `verify_window`.
+
+    Returns:
+        next_token int64 [B] and status int32 [B], as in `verify_window`.
+    """
+    row = acceptance.num_accepted
+    at_next = [
+        LogitPair(
+            _row_at(pair.expert, row),
+            None if pair.anti_expert is None else _row_at(pair.anti_expert, row),
+            pair.alpha.gather(1, row[:, None]),
+        )
+        for pair in pairs
+    ]
+    law, law_status = _target_law(_row_at(base, row), at_next, parameters, drafts, row[:, None], vocab_size)
+    next_noise = noise.next_token(row, rule, vocab_size) if parameters.any_sampling else None
+    next_token, status = sample_next_token(rule, law, acceptance, drafts, draft_law, parameters, next_noise)
+    return next_token, status | law_status[:, 0]
+
+
+def verify_window(
+    rule: str,
+    base: Tensor,
+    pairs: Sequence[LogitPair],
+    drafts: Tensor,
+    num_drafts: Tensor,
+    draft_law: DraftLaw | None,
+    parameters: WarpParameters,
+    noise: NoiseStream,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logit arithmetic, acceptance and the next token of a whole window, from raw logits at all W positions.
+
+    Args:
+        rule: one of `RULES`.
+        base: [B, W, V_base].
+        pairs: expert and anti-expert logits at the same W positions, alpha [B, W].
+        drafts: int64 [B, W - 1].
+        num_drafts: int64 [B], at most W - 1.
+        draft_law: what the drafts were drawn from, or None where they are certain.
+        parameters: of the B rows.
+        noise: keys and positions of the cycle.
+        vocab_size: V, the shared vocabulary.
+
+    Returns:
+        num_accepted: int64 [B].
+        next_token: int64 [B], a safe id (below V) where the status reports an error.
+        status: int32 [B], bits `STATUS_*` of the law that the next token was drawn from.
+    """
+    acceptance = accept_window(rule, base, pairs, drafts, num_drafts, draft_law, parameters, noise, vocab_size)
+    next_token, status = emit_next_token(
+        rule, base, pairs, drafts, acceptance, draft_law, parameters, noise, vocab_size
+    )
+    return acceptance.num_accepted, next_token, status
