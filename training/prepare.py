@@ -1,0 +1,75 @@
+"""Command: train the tokenizer and write the packed rows of every training set to a work folder."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+
+from training import data
+from training.arithmetic import problem_in, unmark
+from training.rows import Document, Rows, encode, encode_problem, mix, pack
+from training.tokenizer import load_tokenizer, train_tokenizer
+
+
+def _write(work: Path, name: str, rows: Rows) -> None:
+    np.savez(work / f"{name}.npz", ids=rows.ids, weights=rows.weights)
+    print(f"{name}: {rows.ids.shape[0]:,} rows, {rows.ids.size:,} tokens", flush=True)
+
+
+def main() -> None:
+    """Parses the command line and writes ``tokenizer/`` and ``*.npz`` under the work folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("training/runs"), help="folder for tokenizer and packed rows")
+    parser.add_argument("--wordnet", type=Path, default=data.WORDNET)
+    parser.add_argument("--jargon", type=Path, default=data.JARGON)
+    parser.add_argument("--stdlib", type=Path, default=None, help="a Python standard library (default: this one's)")
+    parser.add_argument("--tokens", type=int, default=9_000_000, help="tokens of the pre-training set")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--problems", type=int, default=4_000, help="problems of the tuned set")
+    parser.add_argument("--tuned-tokens", type=int, default=1_000_000, help="tokens of each tuned set")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+
+    glosses = data.wordnet_glosses("train", arguments.wordnet)
+    jargon = data.jargon_entries("train", arguments.jargon)
+    python = data.python_source("train", arguments.stdlib)
+    sample = data.raw_arithmetic("train", 4_000, arguments.seed + 1)
+    texts = [unmark(text)[0] for text in sample] + glosses[:20_000] + jargon + python[:2_500]
+    train_tokenizer(texts).save_pretrained(str(work / "tokenizer"))
+    tokenizer = load_tokenizer(work / "tokenizer")
+    print(f"tokenizer after {time.monotonic() - start:.0f} s", flush=True)
+
+    tokens = arguments.tokens
+    arithmetic: list[Document] = []
+    drawn = 0
+    while sum(len(ids) for ids, _ in arithmetic) < 0.7 * tokens:
+        arithmetic += encode(tokenizer, data.raw_arithmetic("train", 10_000, arguments.seed + 100 + drawn))
+        drawn += 1
+    gloss_documents = encode(tokenizer, glosses)
+    jargon_documents = encode(tokenizer, jargon)
+    sources = [
+        (arithmetic, int(0.7 * tokens)),
+        (gloss_documents, int(0.2 * tokens)),
+        (jargon_documents, int(0.1 * tokens)),
+    ]
+    _write(work, "pretrain", pack(mix(sources, arguments.seed), arguments.length))
+
+    rng = random.Random(f"{arguments.seed}/tuned")
+    problems = [encode_problem(tokenizer, problem_in(rng, "train")) for _ in range(arguments.problems)]
+    tuned = arguments.tuned_tokens
+    sources = [(problems, int(0.8 * tuned)), (gloss_documents, int(0.1 * tuned)), (arithmetic, int(0.1 * tuned))]
+    _write(work, "tuned-arithmetic", pack(mix(sources, arguments.seed), arguments.length))
+    sources = [(encode(tokenizer, python), tuned)]
+    _write(work, "tuned-python", pack(mix(sources, arguments.seed), arguments.length))
+    print(f"done after {time.monotonic() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
