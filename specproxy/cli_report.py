@@ -1,0 +1,133 @@
+"""What `specproxy generate --stats` prints: who proposed each token, how drafts fared, how fast it was.
+
+Knows statistics, pieces of text and rich; neither models nor the command line's options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from specproxy.stats import DRAFT, TARGET, SpeculationStats
+
+__all__ = ["Comparison", "print_report", "split_tokens"]
+
+STYLES = {DRAFT: "green", TARGET: "bold magenta"}
+BAR_WIDTH = 24  # cells of a bar at 100 %
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes the first bytes of a character to
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Tokens per second of one call and of per-step decoding, pairwise from interleaved repeats.
+
+    Args:
+        speculative: tokens/s of each repeat under the settings asked for.
+        per_step: tokens/s of the repeat of `num_draft_tokens=0` beside it.
+        same_tokens: whether both gave the same tokens; None where only their law is the same.
+    """
+
+    speculative: list[float]
+    per_step: list[float]
+    same_tokens: bool | None
+
+    @property
+    def ratio(self) -> float:
+        """Median of the pairwise ratios."""
+        return median(ours / theirs for ours, theirs in zip(self.speculative, self.per_step, strict=True))
+
+
+def split_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds; the pieces joined are the text of `ids` without special tokens.
+
+    Bytes of an unfinished character are held back until the token that completes it.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        ids: token ids of one row.
+    """
+
+    def decode(start: int, stop: int) -> str:
+        return tokenizer.decode(list(ids[start:stop]), skip_special_tokens=True)
+
+    pieces = []
+    start = done = 0  # decoding starts one token before the text not yet given out, so that spaces come out right
+    for position in range(len(ids)):
+        known, text = decode(start, done), decode(start, position + 1)
+        if text.endswith(UNFINISHED) and position + 1 < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(text[len(known) :])
+        start, done = done, position + 1
+    return pieces
+
+
+def print_report(
+    console: Console, prompt: str, pieces: Sequence[str], stats: SpeculationStats, comparison: Comparison | None
+) -> None:
+    """Print one row's text coloured by the source of each token, then its statistics.
+
+    Args:
+        console: where to.
+        prompt: text of the prompt.
+        pieces: text of each new token.
+        stats: the call's statistics; its first row of `token_sources` belongs to `pieces`.
+        comparison: timing against per-step decoding; None where the call was per-step itself.
+    """
+    text = Text(prompt, style="dim")
+    for piece, source in zip(pieces, stats.token_sources[0], strict=True):
+        text.append(piece, style=STYLES[source])
+    console.print(text, soft_wrap=True)
+    console.print()
+    console.print(_legend(stats))
+    console.print(_summary(stats, comparison))
+    if stats.drafted_per_position:
+        console.print(_positions(stats, bar="█" if console.encoding.startswith("utf") else "#"))
+
+
+def _legend(stats: SpeculationStats) -> Text:
+    sources = stats.token_sources[0]
+    legend = Text("new tokens: ")
+    for number, (source, meaning) in enumerate(((DRAFT, "drafted and accepted"), (TARGET, "from the target"))):
+        legend.append(", " if number else "")
+        legend.append(f"{sources.count(source)} {meaning}", style=STYLES[source])
+    return legend
+
+
+def _summary(stats: SpeculationStats, comparison: Comparison | None) -> Table:
+    table = Table(show_header=False)
+    table.add_column("quantity")
+    table.add_column("value", justify="right")
+    rate = f"{stats.acceptance_rate:.1%} ({stats.num_accepted_tokens} of {stats.num_draft_tokens})"
+    table.add_row("acceptance rate", rate if stats.num_draft_tokens else "nothing drafted")
+    table.add_row("mean acceptance length, bonus included", f"{stats.mean_acceptance_length:.2f} tokens a cycle")
+    table.add_row(
+        "mean acceptance length, without bonus", f"{stats.mean_acceptance_length_without_bonus:.2f} tokens a cycle"
+    )
+    table.add_row("cycles", str(stats.num_cycles))
+    if comparison is not None:
+        table.add_row("speed", f"{median(comparison.speculative):.1f} tokens/s")
+        table.add_row("per-step speed, same run", f"{median(comparison.per_step):.1f} tokens/s")
+        repeats = len(comparison.speculative)
+        table.add_row(f"median ratio of {repeats} pairs", f"{comparison.ratio:.2f} times per-step")
+        if comparison.same_tokens is not None:
+            table.add_row("same tokens as per-step", "yes" if comparison.same_tokens else "no")
+    return table
+
+
+def _positions(stats: SpeculationStats, bar: str) -> Table:
+    table = Table(title="acceptance by draft position", title_justify="left")
+    table.add_column("position", justify="right")
+    table.add_column("accepted", width=BAR_WIDTH)
+    table.add_column("", justify="right")
+    pairs = zip(stats.accepted_per_position, stats.drafted_per_position, strict=True)
+    for position, (accepted, drafted) in enumerate(pairs, start=1):
+        share = accepted / drafted if drafted else 0.0
+        table.add_row(str(position), bar * round(share * BAR_WIDTH), f"{share:.0%} of {drafted}")
+    return table
