@@ -1,7 +1,7 @@
 """Operations of proxy-tuned decoding on tensors: logit arithmetic, acceptance sampling, noise, window attention.
 
-Usable without `specproxy`: this package imports torch alone. Every operation has one torch reference (`reference`, `attention`,
-`noise`), which is the oracle of the tests and the path taken on the CPU.
+Usable without `specproxy`: this package imports torch alone. Every operation has one torch reference (`reference`,
+`attention`, `noise`), which is the oracle of the tests and the path taken on the CPU.
 """
 
 from specproxy_kernels.attention import window_attention, window_bias

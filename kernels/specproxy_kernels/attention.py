@@ -3,8 +3,8 @@
     out(b, h, t) = softmax over visible s of (scaling * q(b, h, t) . k(b, h // G, s)) v(b, h // G, s)
 
 Key s is visible to query t of row b where s <= lengths[b] + t and, under a sliding window of w, s > lengths[b] + t - w.
-Grouped-query heads are never expanded: the G query heads of one key head are folded into the query axis. This module knows
-nothing of models or caches.
+Grouped-query heads are never expanded: the G query heads of one key head are folded into the query axis. This module
+knows nothing of models or caches.
 """
 
 from __future__ import annotations

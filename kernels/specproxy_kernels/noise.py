@@ -4,16 +4,17 @@ Every random number of a decode is a pure function of
 
     (row key, index among the row's generated tokens, purpose, vocabulary index, block start)
 
-so that it depends on no batch slot, no window and no wall clock. The integers equal those of `tl.philox(key, c0, c1, c2, c3)`
-bit for bit; floats made from them may differ by an ulp between backends. This module knows nothing about logits or models.
+so that it depends on no batch slot, no window and no wall clock. The integers equal those of `tl.philox(key, c0, c1,
+c2, c3)` bit for bit; floats made from them may differ by an ulp between backends. This module knows nothing about
+logits or models.
 
 Counter layout (four 32-bit words):
 
     c0  vocabulary counter     c1  index among the generated tokens
     c2  purpose                c3  block start + 1 under `block` verification, else 0
 
-One counter yields four words. Within a tile of 1024 vocabulary ids, id = 1024 * tile + 256 * lane + r comes from counter
-256 * tile + r, word `lane`: a Triton program then stores its four words as four contiguous runs.
+One counter yields four words. Within a tile of 1024 vocabulary ids, id = 1024 * tile + 256 * lane + r comes from
+counter 256 * tile + r, word `lane`: a Triton program then stores its four words as four contiguous runs.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """

@@ -4,8 +4,8 @@ Notation (B rows, W window positions, G = W - 1 drafts, V shared vocabulary):
 
     s(v)    = s_base + sum over pairs of alpha * (s_expert - s_anti)         combined logits, promote(float32, input)
     z(v)    = penalised s(v) / T
-    logp(v) = z(v) - lse   where z(v) >= tau, else -inf                      the target law p at one position
-    logq(v)                                                                  the draft law q, the same warp on the drafter's logits
+    logp(v) = z(v) - lse   where z(v) >= tau, else -inf        the target law p
+    logq(v)                                                    the draft law q: the drafter's logits, same warp
 
 Glossary
     target      the proxy-tuned law p, never the base model.
@@ -14,8 +14,9 @@ Glossary
     bonus       the token drawn from p after every draft survived.
     next token  residual or bonus token: the one token of a cycle that no drafter proposed.
 
-Rules: `rejection` (Leviathan et al. 2023, arXiv 2211.17192), `block` (Sun et al. 2024, arXiv 2403.10444), `coupled` (Daliri et al.
-2024, arXiv 2408.07978). A row of temperature 0 is greedy: under any rule a draft survives while it equals the target's argmax.
+Rules: `rejection` (Leviathan et al. 2023, arXiv 2211.17192), `block` (Sun et al. 2024, arXiv 2403.10444), `coupled`
+(Daliri et al. 2024, arXiv 2408.07978). A row of temperature 0 is greedy: under any rule a draft survives while it
+equals the target's argmax.
 
 This module knows nothing of models, caches or requests, and never synchronises with the host.
 """
@@ -86,13 +87,14 @@ class WarpParameters:
     parameters, so that no operation has to ask the device.
 
     Args:
-        temperature: float32 [B]; 0 marks a greedy row.
+        temperature: floating [B]; 0 marks a greedy row.
         top_k: int64 [B]; 0 keeps all. Ties with the k-th value are kept.
-        top_p: float32 [B]; 1 keeps all. Ties with the last kept value are kept.
-        min_p: float32 [B]; 0 keeps all.
-        repetition_penalty: float32 [B]; 1 changes nothing (Keskar et al. 2019, arXiv 1909.05858).
+        top_p: floating [B]; 1 keeps all. Ties with the last kept value are kept.
+        min_p: floating [B]; 0 keeps all.
+        repetition_penalty: floating [B]; 1 changes nothing (Keskar et al. 2019, arXiv 1909.05858).
         seen: bool [B, V], tokens of prompt and output so far; needed with `repetition_penalty`.
-        allowed: int32 [B or 1, W or 1, ceil(V / 32)], bit v % 32 of word v // 32 allows token v (see `pack_allowed_tokens`).
+        allowed: int32 [B or 1, W or 1, ceil(V / 32)], bit v % 32 of word v // 32 allows token v (see
+            `pack_allowed_tokens`).
         max_top_k: largest top_k of any row that bounds a list of candidates, or 0 where some row keeps all.
         any_greedy, any_sampling: whether some row is greedy, and whether some row samples.
     """
@@ -137,39 +139,49 @@ class WarpedLaw(NamedTuple):
 
 
 class DraftLaw(NamedTuple):
-    """What the drafts were drawn from: raw drafter logits [B, G, V_draft] and the descriptors kept at the draw, [B, G] each."""
+    """What the drafts were drawn from: raw drafter logits [B, G, V_draft], and descriptors kept at the draw, [B, G]."""
 
     logits: Tensor
     tau: Tensor | None
     lse: Tensor
 
 
-class NoiseStream(NamedTuple):
-    """Where a cycle's noise comes from: row keys int64 [B], the index of the window's first token int64 [B], and the rule's nonce.
+class NoiseStream:
+    """Where a cycle's noise comes from.
 
-    `block_start` is int64 [B] (equal to `start`) under `block`, None otherwise.
+    Token noise is kept once drawn: the drafter draws a whole window's at once, and `coupled` verification reads the
+    same.
+
+    Args:
+        key: int64 [B], row keys.
+        start: int64 [B], index of the window's first token among the row's generated tokens.
+        block_start: int64 [B], equal to `start`, under `block`; None under the other rules.
     """
 
-    key: Tensor
-    start: Tensor
-    block_start: Tensor | None = None
+    def __init__(self, key: Tensor, start: Tensor, block_start: Tensor | None = None) -> None:
+        self.key, self.start, self.block_start = key, start, block_start
+        self._drawn: Tensor | None = None
 
-    def tokens(self, first: int, count: int, vocab_size: int) -> Tensor:
-        """Gumbel noise float32 [B, count, V] of the token purpose at window positions first, first + 1, ..."""
-        return gumbel_noise(self.key, self._index(first, count), PURPOSE_TOKEN, vocab_size, self.block_start)
+    def tokens(self, count: int, vocab_size: int) -> Tensor:
+        """Gumbel noise float32 [B, count, V] of the token purpose at window positions 0 .. count - 1."""
+        if self._drawn is None or self._drawn.shape[1] < count:
+            self._drawn = gumbel_noise(self.key, self._index(count), PURPOSE_TOKEN, vocab_size, self.block_start)
+        return self._drawn[:, :count]
 
-    def next_token(self, num_accepted: Tensor, rule: str, vocab_size: int) -> Tensor:
-        """Gumbel noise float32 [B, V] for the token after `num_accepted` [B] drafts."""
+    def next_token(self, num_accepted: Tensor, rule: str, window: int, vocab_size: int) -> Tensor:
+        """Gumbel noise float32 [B, V] for the token after `num_accepted` [B] drafts of `window` - 1."""
+        if rule == "coupled" and self._drawn is not None and self._drawn.shape[1] >= window:
+            return _row_at(self._drawn, num_accepted)[:, 0]
         purpose = PURPOSE_TOKEN if rule == "coupled" else PURPOSE_RESIDUAL
         index = (self.start + num_accepted)[:, None]
         return gumbel_noise(self.key, index, purpose, vocab_size, self.block_start)[:, 0]
 
     def coins(self, count: int) -> Tensor:
         """Coins float32 [B, count]."""
-        return coin_noise(self.key, self._index(0, count), self.block_start)
+        return coin_noise(self.key, self._index(count), self.block_start)
 
-    def _index(self, first: int, count: int) -> Tensor:
-        return self.start[:, None] + torch.arange(first, first + count, device=self.start.device)
+    def _index(self, count: int) -> Tensor:
+        return self.start[:, None] + torch.arange(count, device=self.start.device)
 
 
 class Acceptance(NamedTuple):
@@ -186,13 +198,17 @@ class Acceptance(NamedTuple):
     is_bonus: Tensor
 
 
-def combine_logits(base: Tensor, pairs: Sequence[LogitPair], vocab_size: int) -> tuple[Tensor, Tensor]:
+def combine_logits(
+    base: Tensor, pairs: Sequence[LogitPair], vocab_size: int, allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Combined logits s = s_base + sum alpha * (s_expert - s_anti) over the shared vocabulary.
 
     Args:
         base: [B, W, V_base], floating; any strides, V_base >= vocab_size.
         pairs: expert and anti-expert logits with their strengths.
         vocab_size: V; wider logits are cut.
+        allowed: int32 words [B or 1, W or 1, ceil(V / 32)] as in `WarpParameters`; other tokens become -inf. The
+            decode loop leaves it to the warp, which masks drafts alike.
 
     Returns:
         s: [B, W, V] in promote(float32, inputs); -inf where the base or an expert is -inf.
@@ -213,6 +229,8 @@ def combine_logits(base: Tensor, pairs: Sequence[LogitPair], vocab_size: int) ->
         combined = combined + pair.alpha.to(dtype)[..., None] * difference
     combined = combined.masked_fill(masked, -inf)
     bad = ~(combined < inf).all(dim=-1)
+    if allowed is not None:
+        combined = combined.masked_fill(~_unpack_allowed_tokens(allowed, vocab_size), -inf)
     return combined, bad
 
 
@@ -273,8 +291,8 @@ def _filter_threshold(z: Tensor, parameters: WarpParameters) -> Tensor | None:
         index = index[:, None, None].expand(-1, z.shape[1], 1)
         tau = candidates.gather(-1, index)[..., 0].masked_fill((parameters.top_k == 0)[:, None], -inf)
     if parameters.top_p is not None and candidates is not None:
-        # A value is kept while the mass strictly above it is below p: ties stand or fall together. The total counts ties
-        # with the k-th value too, which the list of candidates may not hold.
+        # A value is kept while the mass strictly above it is below p: ties stand or fall together. The total counts
+        # ties with the k-th value too, which the list of candidates may not hold.
         kept = z if tau is None else z.masked_fill(z < tau[..., None], -inf)
         mass = (candidates - kept.logsumexp(-1, keepdim=True)).exp()
         if tau is not None:
@@ -370,7 +388,9 @@ def residual_log_weights(target: Tensor, draft: Tensor) -> Tensor:
     return (target + torch.log1p(-difference.exp())).masked_fill(~positive, -inf)
 
 
-def block_acceptance(log_ratio: Tensor, log_target: Tensor, log_draft: Tensor, num_drafts: Tensor) -> tuple[Tensor, Tensor]:
+def block_acceptance(
+    log_ratio: Tensor, log_target: Tensor, log_draft: Tensor, num_drafts: Tensor
+) -> tuple[Tensor, Tensor]:
     """Acceptance probabilities of block verification.
 
     P_0 = 1, P_i = min(1, P_{i-1} p(x_i) / q(x_i)); R_i = sum over v of (P_i p_{i+1}(v) - q_{i+1}(v))+;
@@ -557,8 +577,9 @@ def accept_window(
 ) -> Acceptance:
     """First half of `verify_window`: logit arithmetic and acceptance at the G drafted positions.
 
-    It needs no logits at the bonus position, so that a caller may compute those only where every draft survived. A draft at a
-    position whose law is not usable (status bits) counts as refused, which leaves that position to `emit_next_token`.
+    It needs no logits at the bonus position, so that a caller may compute those only where every draft survived. A
+    draft at a position whose law is not usable (status bits) counts as refused, which leaves that position to
+    `emit_next_token`.
 
     Args:
         base: [B, >= G, V_base]; later positions are ignored, here and in `pairs`.
@@ -576,7 +597,7 @@ def accept_window(
     law, status = _target_law(base[:, :count], at_drafts, parameters, drafts, position, vocab_size)
     samples = parameters.any_sampling
     coins = noise.coins(count) if samples and rule != "coupled" else None
-    token_noise = noise.tokens(0, count, vocab_size) if samples and rule == "coupled" else None
+    token_noise = noise.tokens(count, vocab_size) if samples and rule == "coupled" else None
     usable = torch.minimum(num_drafts, _leading(status == 0))
     acceptance = accept_drafts(rule, law, drafts, usable, draft_law, parameters, coins, token_noise)
     return acceptance._replace(is_bonus=acceptance.num_accepted == num_drafts)
@@ -623,7 +644,7 @@ def emit_next_token(
         for pair in pairs
     ]
     law, law_status = _target_law(_row_at(base, row), at_next, parameters, drafts, row[:, None], vocab_size)
-    next_noise = noise.next_token(row, rule, vocab_size) if parameters.any_sampling else None
+    next_noise = noise.next_token(row, rule, drafts.shape[1] + 1, vocab_size) if parameters.any_sampling else None
     next_token, status = sample_next_token(rule, law, acceptance, drafts, draft_law, parameters, next_noise)
     return next_token, status | law_status[:, 0]
 

@@ -1,0 +1,29 @@
+"""Proxy-tuned text generation at or below the latency of the untuned model.
+
+`ProxyTunedModel` is the whole face: load or build one, then `generate()`. Errors form one small tree under
+`SpecProxyError`.
+"""
+
+from specproxy.errors import (
+    ConfigurationError,
+    LogitsError,
+    PromptError,
+    SpecProxyError,
+    UnsupportedModelError,
+    VocabularyError,
+)
+from specproxy.model import ProxyTunedModel
+from specproxy.stats import SpeculationStats
+from specproxy.version import __version__
+
+__all__ = [
+    "ConfigurationError",
+    "LogitsError",
+    "PromptError",
+    "ProxyTunedModel",
+    "SpecProxyError",
+    "SpeculationStats",
+    "UnsupportedModelError",
+    "VocabularyError",
+    "__version__",
+]

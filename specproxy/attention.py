@@ -1,0 +1,128 @@
+"""The attention function that Transformers calls during our forwards, and the loan of a caller's models.
+
+Registered under a name for which Transformers has no mask function, so that it hands over `attention_mask=None` and
+this function masks by row length, causality and sliding window itself. The state of a forward arrives as a keyword
+argument of the model's own `forward`: there is no global. Knows nothing of roles or tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from specproxy.cache import Window
+from specproxy.errors import SpecProxyError, UnsupportedModelError
+from specproxy_kernels import window_attention, window_bias
+
+__all__ = ["WINDOW_KEYWORD", "borrowed"]
+
+WINDOW_KEYWORD = "specproxy_window"
+_ATTENTION_NAME = "specproxy_window"
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, [B, H, T, D] queries over [B, H_kv, S, D] buffers; returns [B, T, H, D]."""
+    window: Window | None = kwargs.get(WINDOW_KEYWORD)
+    if window is None:
+        if kwargs.get("s_aux") is not None:
+            raise UnsupportedModelError("attention sinks (s_aux) are not supported; use a model without them.")
+        raise SpecProxyError(
+            "the model was called from elsewhere while specproxy generates with it: wait until generate() returns, "
+            "or give specproxy a copy of its own."
+        )
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedModelError(f"{type(module).__name__} uses attention sinks (s_aux), which are not supported.")
+    window.num_attended += 1
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    num_keys = key.shape[2]
+    limited = sliding_window is not None and num_keys > sliding_window
+    if window.size == 1 and window.is_uniform:
+        if limited:
+            key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]  # type: ignore[operator]
+        return window_attention(query, key, value, None, scaling=scaling, softcap=softcap), None
+    if window.longest == 0 and not limited:
+        return window_attention(query, key, value, None, scaling=scaling, softcap=softcap, causal=True), None
+    groups = query.shape[1] // key.shape[1]
+    name = (sliding_window if limited else None, groups, num_keys, query.dtype)
+    bias = window.biases.get(name)
+    if bias is None:
+        lengths = window.lengths.to(query.device)
+        bias = window_bias(lengths, window.size, num_keys, groups, query.dtype, sliding_window if limited else None)
+        window.biases[name] = bias
+    return window_attention(query, key, value, bias.to(query.device), scaling=scaling, softcap=softcap), None
+
+
+AttentionInterface.register(_ATTENTION_NAME, _attend)
+
+
+class _Loan:
+    """What a model looked like before the first of its current borrowers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.borrowers = 0
+        self.configs: list[tuple[Any, Any]] = []
+        seen: set[int] = set()
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if config is not None and id(config) not in seen and hasattr(config, "_attn_implementation_internal"):
+                seen.add(id(config))
+                self.configs.append((config, config._attn_implementation_internal))
+        self.training = [module for module in model.modules() if module.training]
+
+    def switch(self) -> None:
+        for config, _ in self.configs:
+            config._attn_implementation_internal = _ATTENTION_NAME
+        for module in self.training:
+            module.training = False
+
+    def restore(self) -> None:
+        for config, implementation in self.configs:
+            config._attn_implementation_internal = implementation
+        for module in self.training:
+            module.training = True
+
+
+_loans: dict[int, _Loan] = {}
+_loans_lock = threading.Lock()
+
+
+@contextmanager
+def borrowed(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Switch models to window attention and evaluation mode; the last borrower's exit puts everything back.
+
+    Safe to nest and to enter from several threads: loans are counted per model.
+    """
+    distinct = list({id(model): model for model in models}.values())
+    with _loans_lock:
+        for model in distinct:
+            loan = _loans.get(id(model))
+            if loan is None:
+                loan = _loans[id(model)] = _Loan(model)
+                loan.switch()
+            loan.borrowers += 1
+    try:
+        yield
+    finally:
+        with _loans_lock:
+            for model in distinct:
+                loan = _loans[id(model)]
+                loan.borrowers -= 1
+                if loan.borrowers == 0:
+                    del _loans[id(model)]
+                    loan.restore()

@@ -1,0 +1,181 @@
+"""Static key-value buffers with a length per row: rollback is one integer a row, and no padding is ever needed.
+
+`RaggedCache` plugs into Transformers as its `Cache`: a layer's `update` writes a window's keys and values at each
+row's own length and returns the buffer up to the longest row. What lies past a row's length is stale and must be
+masked by the reader (`specproxy.attention`). This module knows nothing of models, roles or tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+__all__ = ["RaggedCache", "Window"]
+
+_GROWTH = 64  # buffers grow by half their size, and by at least this many positions
+
+
+@dataclass
+class Window:
+    """Where one forward's tokens go: `count` rows from `first`, `size` tokens each, behind `lengths`.
+
+    Args:
+        first, count: the rows of the buffers that take part.
+        size: tokens per row in this forward.
+        lengths: int64 [count], keys before the window, on the device.
+        host_lengths: the same on the host.
+        biases: additive masks of this forward, made once and shared by its layers.
+        num_attended: attention calls that this forward has made.
+    """
+
+    first: int
+    count: int
+    size: int
+    lengths: Tensor
+    host_lengths: list[int]
+    biases: dict[tuple[int | None, int, int, torch.dtype], Tensor] = field(default_factory=dict)
+    num_attended: int = 0
+
+    def __post_init__(self) -> None:
+        self.longest = max(self.host_lengths)
+        self.is_uniform = min(self.host_lengths) == self.longest
+        self._index: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [count, size], position of every token."""
+        return self.lengths[:, None] + torch.arange(self.size, device=self.lengths.device)
+
+    def scatter_index(self) -> tuple[Tensor, Tensor]:
+        """Buffer rows [count, 1] and positions [count, size] of every token."""
+        if self._index is None:
+            rows = torch.arange(self.first, self.first + self.count, device=self.lengths.device)
+            self._index = rows[:, None], self.positions
+        return self._index
+
+
+class _RaggedLayer(CacheLayerMixin):
+    """Buffers of one layer, [max_rows, H_kv, capacity, D]."""
+
+    is_sliding = False
+
+    def __init__(self, owner: RaggedCache) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = self._buffer(key_states), self._buffer(value_states)
+        self.is_initialized = True
+
+    def _buffer(self, states: Tensor) -> Tensor:
+        # Zeros, not empty: what is masked must still be finite, since 0 * NaN is NaN.
+        shape = (self.owner.max_rows, states.shape[1], self.owner.capacity, states.shape[3])
+        return states.new_zeros(shape)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        window = self.owner.window
+        assert window is not None, "a ragged cache is written between begin() and the end of a forward only"
+        return self._write(self.keys, key_states, window), self._write(self.values, value_states, window)
+
+    @staticmethod
+    def _write(buffer: Tensor, states: Tensor, window: Window) -> Tensor:
+        rows = slice(window.first, window.first + window.count)
+        end = window.longest + window.size
+        if window.is_uniform:
+            buffer[rows, :, window.longest : end] = states
+        else:
+            row_index, positions = window.scatter_index()
+            buffer.transpose(1, 2)[row_index.to(buffer.device), positions.to(buffer.device)] = states.transpose(1, 2)
+        return buffer[rows, :, :end]
+
+    def grow(self, capacity: int) -> None:
+        """Lengthen the buffers, keeping what they hold."""
+        if self.is_initialized:
+            assert self.keys is not None and self.values is not None
+            extra = capacity - self.keys.shape[2]
+            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra))
+            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.owner.window.longest if self.owner.window is not None else 0
+
+    def get_max_length(self) -> int:
+        return self.owner.capacity
+
+
+class RaggedCache(Cache):
+    """The cache of one model for up to `max_rows` sequences, each with its own length.
+
+    Args:
+        max_rows: rows of the buffers.
+        device: where the lengths live (those of the positions handed to the model).
+    """
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        super().__init__(layers=[])
+        self.max_rows = max_rows
+        self.capacity = 0
+        self.lengths = torch.zeros(max_rows, dtype=torch.long, device=device)
+        self.host_lengths = [0] * max_rows
+        self.window: Window | None = None
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions in every row."""
+        if length > self.capacity:
+            self.capacity = max(length, self.capacity + max(_GROWTH, self.capacity // 2))
+            for layer in self.layers:
+                layer.grow(self.capacity)
+
+    def begin(self, first: int, count: int, size: int, offset: int = 0) -> Window:
+        """Place the next forward: `size` tokens a row for rows first .. first + count, `offset` past their lengths."""
+        rows = slice(first, first + count)
+        host_lengths = [length + offset for length in self.host_lengths[rows]]
+        lengths = self.lengths[rows] + offset if offset else self.lengths[rows]
+        window = Window(first, count, size, lengths, host_lengths)
+        self.reserve(window.longest + size)
+        self.window = window
+        return window
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(_RaggedLayer(self))
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def set_lengths(self, first: int, lengths: list[int]) -> None:
+        """Set the lengths of rows from `first` on: after a prefill, or to empty them."""
+        rows = slice(first, first + len(lengths))
+        self.host_lengths[rows] = lengths
+        self.lengths[rows] = torch.tensor(lengths, dtype=torch.long).to(self.lengths.device)
+
+    def advance(self, steps: Tensor, host_steps: list[int]) -> None:
+        """Keep `steps` int64 [n] more positions of the first n rows; all behind them is rolled back."""
+        count = len(host_steps)
+        self.lengths[:count] += steps.to(self.lengths.device)
+        self.host_lengths[:count] = [a + b for a, b in zip(self.host_lengths, host_steps, strict=False)]
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a row's keys, values and length into another row."""
+        length = self.host_lengths[source]
+        for layer in self.layers:
+            for buffer in (layer.keys, layer.values):
+                buffer[target, :, :length] = buffer[source, :, :length]
+        self.lengths[target] = self.lengths[source]
+        self.host_lengths[target] = length
+
+    def clear(self, row: int) -> None:
+        """Zero a row whose values may not be finite, so that nothing masked can spread."""
+        for layer in self.layers:
+            layer.keys[row] = 0
+            layer.values[row] = 0

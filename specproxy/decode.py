@@ -1,0 +1,128 @@
+"""The decode loop: one `step` is draft, verify, accept, commit. W = 1 is exact per-step proxy-tuning: the same code.
+
+Rows are admitted and evicted between steps. Knows nothing of requests, text or argument checking.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from specproxy.accept import Outcome, accept
+from specproxy.draft import draft_with_expert
+from specproxy.policy import CycleReport, WindowPolicy
+from specproxy.state import DecodeState, Draft, Row
+from specproxy.stats import DRAFT, TARGET, SpeculationStats
+from specproxy.trio import TrioRunners
+from specproxy.verify import WindowLogits, score_window
+from specproxy_kernels import STATUS_EMPTY_RESIDUAL, STATUS_EMPTY_SUPPORT, STATUS_NON_FINITE
+
+__all__ = ["admit", "step"]
+
+_ERRORS = STATUS_NON_FINITE | STATUS_EMPTY_SUPPORT
+
+
+def step(state: DecodeState, runners: TrioRunners, policy: WindowPolicy, stats: SpeculationStats) -> list[Row]:
+    """Run one cycle over all rows in flight.
+
+    Args:
+        state: the rows in flight, at least one.
+        runners: of the trio.
+        policy: chooses the number of drafts and hears what came of them.
+        stats: takes the counts.
+
+    Returns:
+        The rows that took part; those with a `finish_reason` are no longer in flight.
+    """
+    count = _num_drafts(state, runners, policy)
+    noise = state.noise()
+    expert_seconds = -runners.expert.timer.total
+
+    draft = draft_with_expert(state, runners, noise, count)
+    window = score_window(state, runners, draft)
+    outcome = accept(state, runners, noise, draft, window)
+    rows, num_accepted = _commit(state, runners, draft, window, outcome, stats)
+
+    expert_seconds += runners.expert.timer.total
+    expert_steps = 0 if window.expert is None else window.expert.shape[1]
+    window_seconds = runners.base.timer.last + runners.anti_expert.timer.last
+    tested = sum(min(accepted + 1, count) for accepted in num_accepted)
+    report = CycleReport(count, tested, sum(num_accepted), expert_seconds / max(expert_steps, 1), window_seconds)
+    policy.observe(report)
+    return rows
+
+
+def _num_drafts(state: DecodeState, runners: TrioRunners, policy: WindowPolicy) -> int:
+    """The policy's choice, within every row's positions and the longest budget; no draft token enters it."""
+    longest_budget = max(row.remaining for row in state.rows)
+    return max(0, min(policy.num_drafts(), longest_budget - 1, runners.room(len(state)) - 1))
+
+
+def _commit(
+    state: DecodeState,
+    runners: TrioRunners,
+    draft: Draft,
+    window: WindowLogits,
+    outcome: Outcome,
+    stats: SpeculationStats,
+) -> tuple[list[Row], list[int]]:
+    """The only place that changes the state: tokens, lengths, ends of rows, statistics."""
+    columns = [draft.tokens, outcome.num_accepted[:, None], outcome.next_token[:, None], outcome.status[:, None]]
+    packed = torch.cat(columns, dim=1).tolist()  # the cycle's one synchronisation
+    state.commit(draft.tokens, outcome.num_accepted, outcome.next_token)
+    accepted_counts = [line[-3] for line in packed]
+    for runner in runners:
+        runner.cache.advance(outcome.num_accepted + 1, [count + 1 for count in accepted_counts])
+
+    rows = list(state.rows)
+    for slot, (row, line) in enumerate(zip(rows, packed, strict=True)):
+        *drafts, num_accepted, next_token, status = line
+        tokens, sources = drafts[:num_accepted], [DRAFT] * num_accepted
+        if not status & _ERRORS:
+            tokens, sources = [*tokens, next_token], [*sources, TARGET]
+        taken = row.append(tokens, sources)
+        if status & _ERRORS and row.finish_reason is None:
+            row.fail(_reason(row, window, slot, num_accepted, status))
+        stats.record(draft.count, num_accepted, taken)
+        stats.num_empty_residuals += bool(status & STATUS_EMPTY_RESIDUAL)
+    _evict_finished(state, runners)
+    return rows, accepted_counts
+
+
+def _reason(row: Row, window: WindowLogits, slot: int, position: int, status: int) -> str:
+    """Why no token can be drawn for a row at its current end."""
+    place = f"row {row.index}, new token {len(row.tokens)}"
+    if status & STATUS_EMPTY_SUPPORT:
+        return f"{place}: every token is masked, none is left to draw"
+    roles = window.unusable_roles(slot, position)
+    return f"{place}: the logits of the {' and '.join(roles)} are not usable (NaN or infinite)"
+
+
+def _evict_finished(state: DecodeState, runners: TrioRunners) -> None:
+    """Take finished rows out: the last row moves into each gap, so that rows stay dense."""
+    if all(row.finish_reason is None for row in state.rows):
+        return
+    slots = list(range(len(state.rows)))
+    for slot in reversed(range(len(slots))):
+        row = state.rows[slot]
+        if row.finish_reason is None:
+            continue
+        if row.finish_reason == "error":
+            for runner in runners:
+                runner.cache.clear(slot)
+        last = slots.pop()
+        if slot < len(slots):
+            slots[slot] = last
+            for runner in runners:
+                runner.cache.move(len(slots), slot)
+    state.keep(slots)
+
+
+def admit(state: DecodeState, runners: TrioRunners, rows: list[Row]) -> None:
+    """Prefill rows behind those in flight; they take part from the next step on.
+
+    Every prompt's last token stays pending: it opens the row's first window.
+    """
+    first = len(state)
+    for runner in runners:
+        runner.prefill(first, [row.prompts[runner.role][:-1] for row in rows])
+    state.admit(rows)

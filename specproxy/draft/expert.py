@@ -1,0 +1,48 @@
+"""The default drafter: the expert itself, one step at a time. Its logits then serve the target's law as well."""
+
+from __future__ import annotations
+
+import torch
+
+from specproxy.state import EXPERT, DecodeState, Draft
+from specproxy.trio import TrioRunners
+from specproxy_kernels import DraftLaw, NoiseStream, sample_drafts
+
+__all__ = ["draft_with_expert"]
+
+
+def draft_with_expert(state: DecodeState, runners: TrioRunners, noise: NoiseStream, count: int) -> Draft:
+    """Draw `count` tokens per row from the expert's warped law.
+
+    Args:
+        state: the rows in flight.
+        runners: of the trio; the expert's cache is written, its lengths stay.
+        noise: of this cycle; the token purpose is drawn here, once for the whole window.
+        count: G.
+
+    Returns:
+        The draft, with the expert's logits at window positions 0 .. G - 1.
+    """
+    batch = len(state)
+    parameters = state.warp
+    assert parameters is not None
+    drafts = torch.empty(batch, 0, dtype=torch.long, device=state.device)
+    num_drafts = torch.full((batch,), count, dtype=torch.long, device=state.device)
+    if count == 0:
+        return Draft(drafts, num_drafts, None, None)
+    gumbel = None
+    if parameters.any_sampling:
+        # The coupled rule reads the bonus token's noise from the same purpose: draw it along.
+        gumbel = noise.tokens(count + (state.rule == "coupled"), state.vocab_size)
+    laws: list[DraftLaw] = []
+    token = state.pending[EXPERT][:, None]
+    for i in range(count):
+        logits = runners.expert.forward(token, offset=i).to(state.device)
+        position = torch.full((batch, 1), i, dtype=torch.long, device=state.device)
+        step_noise = None if gumbel is None else gumbel[:, i : i + 1]
+        token, law = sample_drafts(logits, parameters, drafts, position, step_noise, state.vocab_size)
+        drafts = torch.cat([drafts, token], dim=1)
+        laws.append(law)
+    tau = None if laws[0].tau is None else torch.cat([law.tau for law in laws if law.tau is not None], dim=1)
+    joined = DraftLaw(torch.cat([law.logits for law in laws], dim=1), tau, torch.cat([law.lse for law in laws], dim=1))
+    return Draft(drafts, num_drafts, joined, joined.logits)

@@ -1,0 +1,165 @@
+"""One model with its cache: window tokens in, logits out. Knows nothing of the other models or of sampling."""
+
+from __future__ import annotations
+
+import inspect
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specproxy.attention import WINDOW_KEYWORD
+from specproxy.cache import RaggedCache
+from specproxy.errors import UnsupportedModelError
+
+__all__ = ["ForwardTimer", "Runner", "check_supported", "logits_width", "position_limit"]
+
+_ROLLBACK_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_MAX_PREFILL_TOKENS = 2048  # per forward and row: bounds the attention bias of long ragged prompts
+
+
+def check_supported(model: PreTrainedModel, role: str) -> None:
+    """Refuse architectures that cannot run ragged windows with rollback.
+
+    Raises:
+        UnsupportedModelError: naming the architecture and the reason.
+    """
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "forward"):
+        raise UnsupportedModelError(f"{role}={name} is not a Transformers model; load it with AutoModelForCausalLM.")
+    text = config.get_text_config(decoder=True)
+    kind = f"{role}: {name} ({config.model_type})"
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind} is an encoder-decoder; use a decoder-only causal language model.")
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    other = sorted(layer_types - _ROLLBACK_LAYER_TYPES)
+    if getattr(model, "_is_stateful", False) or other:
+        detail = f"layers of type {', '.join(other)}" if other else "recurrent state"
+        raise UnsupportedModelError(
+            f"{kind} has {detail}, which cannot be rolled back by length; use full or sliding-window attention."
+        )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(
+            f"{kind} does not call Transformers' attention interface, so its attention cannot be ragged; "
+            "use an architecture that does (Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, Phi-3, OLMo 2, ...)."
+        )
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(f"{kind} shares keys and values between layers, which is not supported.")
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
+    if "dynamic" in kinds:
+        raise UnsupportedModelError(
+            f"{kind} uses dynamic rotary scaling, which changes with the longest row of a batch; use a fixed scaling."
+        )
+
+
+def logits_width(model: PreTrainedModel) -> int:
+    """Width of the model's logits."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    return int(weight.shape[0]) if weight is not None else int(model.config.get_text_config().vocab_size)
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Positions the model was built for, or None where its configuration names no limit."""
+    text = model.config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond this length the rotary factors change, and keys already cached would no longer fit.
+        limit = rope.get("original_max_position_embeddings", limit)
+    return int(limit) if limit else None
+
+
+class ForwardTimer:
+    """Seconds spent in forwards: in all, and of the last one."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.last = 0.0
+
+
+class Runner:
+    """A model and its ragged cache.
+
+    Args:
+        model: a supported Transformers causal language model, in the window attention of `specproxy.attention.borrowed`
+            whenever a method here is called.
+        role: "base", "expert" or "anti_expert"; for messages.
+        max_rows: rows of the cache.
+    """
+
+    def __init__(self, model: PreTrainedModel, role: str, max_rows: int) -> None:
+        self.model = model
+        self.role = role
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.cache = RaggedCache(max_rows, self.device)
+        self.timer = ForwardTimer()
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._checked = False
+
+    def forward(self, tokens: Tensor, *, offset: int = 0) -> Tensor:
+        """Logits of a window of every active row.
+
+        Args:
+            tokens: int64 [n, T], for rows 0 .. n - 1.
+            offset: positions past the rows' committed lengths at which the window starts.
+
+        Returns:
+            [n, T, V] in the model's dtype. The lengths are not changed: `advance` the cache to keep positions.
+        """
+        start = perf_counter()
+        logits = self._run(tokens, first=0, offset=offset)
+        self.timer.last = perf_counter() - start
+        self.timer.total += self.timer.last
+        return logits
+
+    def prefill(self, first: int, prompts: list[list[int]]) -> None:
+        """Fill rows from `first` on with prompts (right-padded together); their lengths become those of the prompts.
+
+        Time spent here counts in the timer's total.
+        """
+        start = perf_counter()
+        self.cache.set_lengths(first, [0] * len(prompts))
+        longest = max(map(len, prompts))
+        for chunk in range(0, longest, _MAX_PREFILL_TOKENS):
+            pieces = [prompt[chunk : chunk + _MAX_PREFILL_TOKENS] for prompt in prompts]
+            size = max(map(len, pieces))
+            tokens = torch.tensor([piece + [0] * (size - len(piece)) for piece in pieces], dtype=torch.long)
+            self.cache.set_lengths(first, [min(chunk, len(prompt)) for prompt in prompts])
+            self._run(tokens.to(self.device), first=first, offset=0, logits_to_keep=1)
+        self.cache.set_lengths(first, [len(prompt) for prompt in prompts])
+        self.timer.total += perf_counter() - start
+
+    def _run(self, tokens: Tensor, *, first: int, offset: int, logits_to_keep: int = 0) -> Tensor:
+        window = self.cache.begin(first, tokens.shape[0], tokens.shape[1], offset)
+        keywords: dict[str, Any] = {WINDOW_KEYWORD: window}
+        if logits_to_keep and self._keeps_logits:
+            keywords["logits_to_keep"] = logits_to_keep
+        try:
+            output = self.model(
+                input_ids=tokens.to(self.device),
+                position_ids=window.positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                **keywords,
+            )
+        finally:
+            self.cache.window = None
+        if not self._checked:
+            self._check_attention(window.num_attended)
+        logits: Tensor = output.logits
+        return logits
+
+    def _check_attention(self, num_attended: int) -> None:
+        """After the first forward: the model must have cached and attended through us in every layer."""
+        num_layers = len(self.cache.layers)
+        if num_attended == 0 or num_attended != num_layers:
+            raise UnsupportedModelError(
+                f"{self.role}: {type(self.model).__name__} called the attention interface {num_attended} times for "
+                f"{num_layers} cached layers, so its attention cannot be ragged; use a supported architecture."
+            )
+        self._checked = True

@@ -1,0 +1,177 @@
+"""The state of a decode: rows in flight, on the host and on the device; and what one cycle passes on.
+
+Tensor dimensions, used across the project:
+
+    B  rows    W  window    G = W - 1  drafts    S  sequence    V  vocabulary    H  heads    D  head size
+
+Rows are kept dense: row i of every tensor, and of every cache, is `rows[i]`. This module knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specproxy.config import SamplingParameters
+from specproxy.warp import build_warp, needs_seen_tokens
+from specproxy_kernels import DraftLaw, NoiseStream, WarpParameters
+
+__all__ = ["ANTI_EXPERT", "BASE", "EXPERT", "ROLES", "DecodeState", "Draft", "Row"]
+
+BASE, EXPERT, ANTI_EXPERT = "base", "expert", "anti_expert"
+ROLES = (BASE, EXPERT, ANTI_EXPERT)
+
+
+@dataclass
+class Row:
+    """One sequence, as the host sees it.
+
+    Args:
+        index: the row's place in its call.
+        prompts: per role, its prompt's ids, unpadded and not empty.
+        sampling: how its law is warped.
+        alpha: proxy strength.
+        key: its noise key, 64 bits as int64.
+        max_new_tokens: tokens after which it ends.
+        eos_token_ids: tokens that end it; the token itself is kept.
+    """
+
+    index: int
+    prompts: dict[str, list[int]]
+    sampling: SamplingParameters
+    alpha: float
+    key: int
+    max_new_tokens: int
+    eos_token_ids: frozenset[int]
+    tokens: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    finish_reason: str | None = None  # "stop", "length" or "error"
+    error: str | None = None
+
+    @property
+    def remaining(self) -> int:
+        """Tokens left in the row's budget."""
+        return self.max_new_tokens - len(self.tokens)
+
+    def append(self, tokens: list[int], sources: list[str]) -> int:
+        """Take a cycle's tokens up to the row's end; returns how many were taken."""
+        taken = 0
+        for token, source in zip(tokens, sources, strict=True):
+            self.tokens.append(token)
+            self.sources.append(source)
+            taken += 1
+            if token in self.eos_token_ids:
+                self.finish_reason = "stop"
+                break
+            if self.remaining == 0:
+                self.finish_reason = "length"
+                break
+        return taken
+
+    def fail(self, reason: str) -> None:
+        """End the row because no token can be drawn."""
+        self.finish_reason, self.error = "error", reason
+
+
+@dataclass
+class Draft:
+    """What a drafter proposes for one cycle.
+
+    Args:
+        tokens: int64 [B, G].
+        num_drafts: int64 [B], drafts of each row, at most G.
+        law: what the tokens were drawn from; None where they are certain.
+        expert_logits: expert logits at the leading window positions, [B, <= W, V_expert], where drafting made them.
+    """
+
+    tokens: Tensor
+    num_drafts: Tensor
+    law: DraftLaw | None
+    expert_logits: Tensor | None
+
+    @property
+    def count(self) -> int:
+        """G."""
+        return self.tokens.shape[1]
+
+
+class DecodeState:
+    """All rows in flight.
+
+    Args:
+        device: of the combined logits and of everything drawn from them.
+        vocab_size: V, the shared vocabulary.
+        allowed: int32 [1, 1, ceil(V / 32)], valid ids, or None where all are.
+        rule: acceptance rule.
+    """
+
+    def __init__(self, device: torch.device, vocab_size: int, allowed: Tensor | None, rule: str) -> None:
+        self.device = device
+        self.vocab_size = vocab_size
+        self.allowed = None if allowed is None else allowed.to(device)
+        self.rule = rule
+        self.rows: list[Row] = []
+        self.pending = {role: self._integers([]) for role in ROLES}  # [B], each role's next input
+        self.start = self._integers([])  # [B], tokens generated so far
+        self.key = self._integers([])  # [B]
+        self.alpha = torch.zeros(0, device=device, dtype=torch.float64)  # [B]
+        self.seen: Tensor | None = None  # bool [B, V]
+        self.warp: WarpParameters | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _integers(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+    def admit(self, rows: list[Row]) -> None:
+        """Append rows whose prompts, but for their last token, are in the caches."""
+        for role in ROLES:
+            last = self._integers([row.prompts[role][-1] for row in rows])
+            self.pending[role] = torch.cat([self.pending[role], last])
+        self.start = torch.cat([self.start, self._integers([len(row.tokens) for row in rows])])
+        self.key = torch.cat([self.key, self._integers([row.key for row in rows])])
+        self.alpha = torch.cat(
+            [self.alpha, torch.tensor([row.alpha for row in rows], dtype=torch.float64).to(self.device)]
+        )
+        if self.seen is not None or needs_seen_tokens([row.sampling for row in rows]):
+            before = self._seen(self.rows) if self.seen is None else self.seen
+            self.seen = torch.cat([before, self._seen(rows)])
+        self.rows += rows
+        self._rebuild()
+
+    def keep(self, slots: list[int]) -> None:
+        """Keep the given rows, in the given order."""
+        index = self._integers(slots)
+        self.rows = [self.rows[slot] for slot in slots]
+        self.pending = {role: pending[index] for role, pending in self.pending.items()}
+        self.start, self.key, self.alpha = self.start[index], self.key[index], self.alpha[index]
+        if self.seen is not None:
+            self.seen = self.seen[index]
+        self._rebuild()
+
+    def _seen(self, rows: list[Row]) -> Tensor:
+        seen = torch.zeros(len(rows), self.vocab_size, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            seen[i, [t for t in row.prompts[BASE] + row.tokens if t < self.vocab_size]] = True
+        return seen.to(self.device)
+
+    def _rebuild(self) -> None:
+        sampling = [row.sampling for row in self.rows]
+        self.warp = build_warp(sampling, self.seen, self.allowed, self.device) if self.rows else None
+
+    def noise(self) -> NoiseStream:
+        """The noise of the cycle that starts now."""
+        return NoiseStream(self.key, self.start, self.start if self.rule == "block" else None)
+
+    def commit(self, drafts: Tensor, num_accepted: Tensor, next_token: Tensor) -> None:
+        """Advance the device's side of every row by its accepted drafts and its next token."""
+        if self.seen is not None:
+            for i in range(drafts.shape[1]):
+                token = drafts[:, i : i + 1]
+                self.seen.scatter_(1, token, self.seen.gather(1, token) | (num_accepted > i)[:, None])
+            self.seen.scatter_(1, next_token[:, None], True)
+        self.start = self.start + num_accepted + 1
+        self.pending = dict.fromkeys(ROLES, next_token)

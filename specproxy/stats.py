@@ -1,0 +1,97 @@
+"""What speculation did during a call. Knows nothing of models: it is told of every cycle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["DRAFT", "TARGET", "SpeculationStats"]
+
+DRAFT, TARGET = "draft", "target"
+
+
+@dataclass
+class SpeculationStats:
+    """Counts of one call, over all its rows. Nothing after a row's end (EOS, budget) is counted.
+
+    Args:
+        num_cycles: verified windows, counted once per row that took part.
+        num_draft_tokens: drafts that were verified.
+        num_accepted_tokens: drafts that became output.
+        num_new_tokens: tokens of output.
+        num_empty_residuals: refusals whose residual had no mass (rounding) and fell back to the target law.
+        accepted_per_position: how often the draft at each window position became output.
+        drafted_per_position: how often a draft at each window position was verified.
+        token_sources: per row and new token, "draft" (proposed by the drafter and accepted) or "target" (residual or
+            bonus).
+        seconds: time of the call: "total", forwards of "expert", "anti_expert" and "base", and "other", the rest.
+        kernels: which implementation computed acceptance.
+    """
+
+    num_cycles: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_new_tokens: int = 0
+    num_empty_residuals: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)
+    drafted_per_position: list[int] = field(default_factory=list)
+    token_sources: list[list[str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    kernels: str = "torch"
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / drafted; 0.0 where nothing was drafted."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """New tokens per cycle and row, the residual or bonus token included."""
+        return self.num_new_tokens / self.num_cycles if self.num_cycles else 0.0
+
+    @property
+    def mean_acceptance_length_without_bonus(self) -> float:
+        """Accepted drafts per cycle and row."""
+        return self.num_accepted_tokens / self.num_cycles if self.num_cycles else 0.0
+
+    def record(self, num_drafted: int, num_accepted: int, num_emitted: int) -> None:
+        """Count one row's cycle.
+
+        Args:
+            num_drafted: drafts that were verified for the row.
+            num_accepted: leading drafts that survived.
+            num_emitted: tokens that became output, after the cut at a row's end; at most num_accepted + 1.
+        """
+        cut_short = num_emitted <= num_accepted
+        counted = min(num_drafted, num_emitted) if cut_short else num_drafted
+        accepted = min(num_accepted, num_emitted)
+        self.num_cycles += 1
+        self.num_draft_tokens += counted
+        self.num_accepted_tokens += accepted
+        self.num_new_tokens += num_emitted
+        missing = counted - len(self.drafted_per_position)
+        if missing > 0:
+            self.drafted_per_position += [0] * missing
+            self.accepted_per_position += [0] * missing
+        for i in range(counted):
+            self.drafted_per_position[i] += 1
+        for i in range(accepted):
+            self.accepted_per_position[i] += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """All counts and rates as JSON-ready values."""
+        return {
+            "acceptance_rate": self.acceptance_rate,
+            "mean_acceptance_length": self.mean_acceptance_length,
+            "mean_acceptance_length_without_bonus": self.mean_acceptance_length_without_bonus,
+            "num_cycles": self.num_cycles,
+            "num_draft_tokens": self.num_draft_tokens,
+            "num_accepted_tokens": self.num_accepted_tokens,
+            "num_new_tokens": self.num_new_tokens,
+            "num_empty_residuals": self.num_empty_residuals,
+            "accepted_per_position": list(self.accepted_per_position),
+            "drafted_per_position": list(self.drafted_per_position),
+            "token_sources": [list(sources) for sources in self.token_sources],
+            "seconds": dict(self.seconds),
+            "kernels": self.kernels,
+        }
