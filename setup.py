@@ -31,6 +31,7 @@ setup(
         "accelerate>=1.1",  # Transformers needs it for device_map
         "numpy",
         "safetensors",
+        "tqdm",
         "typer>=0.29",
         "rich>=13",
     ],

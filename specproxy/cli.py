@@ -27,6 +27,7 @@ from specproxy.cli_report import Comparison, print_report, split_tokens
 from specproxy.config import SamplingParameters, SpeculationParameters, check_integer
 from specproxy.errors import ConfigurationError, PromptError, SpecProxyError
 from specproxy.model import ProxyTunedModel
+from specproxy.stats import SpeculationStats
 from specproxy.version import __version__
 
 __all__ = ["app", "main"]
@@ -131,26 +132,25 @@ def generate(
 
     with _quiet(to_stderr=not stream):
         model = _load(models, demo_task or DEFAULT_TASK, dtype, device)
-        inputs = dict(model.tokenizer(text, return_tensors="pt").to(model.device))
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        input_ids = model.tokenizer(text, return_tensors="pt").input_ids.to(model.device)  # [1, S]
         streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-        out = model.generate(**inputs, **options, streamer=streamer, return_dict_in_generate=True)
-        pieces = split_tokens(model.tokenizer, _new_tokens(out, inputs))
-        comparison = _compare(model, inputs, options) if stats else None
+        tokens, speculation = _generate(model, input_ids, options | {"streamer": streamer})
+        pieces = split_tokens(model.tokenizer, tokens)
+        comparison = _compare(model, input_ids, options) if stats else None
 
     if as_json:
-        print(json.dumps({"text": "".join(pieces), "speculation": out.speculation.to_dict()}))
+        print(json.dumps({"text": "".join(pieces), "speculation": speculation.to_dict()}))
     elif not stats and not stream:
         print("".join(pieces))
     if stats:
-        print_report(Console(stderr=as_json, highlight=False), text, pieces, out.speculation, comparison)
+        print_report(Console(stderr=as_json, highlight=False), text, pieces, speculation, comparison)
         if "seed" in options:
             print(f"seed: {options['seed']}", file=sys.stderr)
 
 
 def _models(
     demo_task: str | None, base: str | None, expert: str | None, anti_expert: str | None
-) -> dict[str, str] | None:
+) -> dict[str, Any] | None:
     """The names of three models of the user's own, or None for the embedded trio."""
     given = {"base": base, "expert": expert, "anti_expert": anti_expert}
     names = {role: name for role, name in given.items() if name is not None}
@@ -206,7 +206,7 @@ def _prompt(prompt: str | None, prompt_file: Path | None, example_of: str | None
     return text
 
 
-def _load(models: dict[str, str] | None, task: str, dtype: str | None, device: str | None) -> ProxyTunedModel:
+def _load(models: dict[str, Any] | None, task: str, dtype: str | None, device: str | None) -> ProxyTunedModel:
     torch_dtype = getattr(torch, dtype) if dtype else None
     try:
         if device is not None:
@@ -228,23 +228,27 @@ def _load(models: dict[str, str] | None, task: str, dtype: str | None, device: s
 @contextlib.contextmanager
 def _quiet(to_stderr: bool) -> Iterator[None]:
     """Silence what Transformers reports on the way; with `to_stderr`, keep standard output free of anybody's prints."""
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(sys.stderr) if to_stderr else contextlib.nullcontext():
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
-def _new_tokens(out: Any, inputs: dict[str, torch.Tensor]) -> list[int]:
-    """The new token ids of the only row, without padding."""
-    count = len(out.speculation.token_sources[0])
-    start = inputs["input_ids"].shape[1]
-    return out.sequences[0, start : start + count].tolist()
+def _generate(
+    model: ProxyTunedModel, input_ids: torch.Tensor, options: dict[str, Any]
+) -> tuple[list[int], SpeculationStats]:
+    """The new token ids of the only row, and what speculation did."""
+    out: Any = model.generate(input_ids, torch.ones_like(input_ids), **options, return_dict_in_generate=True)
+    return out.sequences[0, input_ids.shape[1] :].tolist(), out.speculation
 
 
-def _compare(model: ProxyTunedModel, inputs: dict[str, torch.Tensor], options: dict[str, Any]) -> Comparison | None:
+def _compare(model: ProxyTunedModel, input_ids: torch.Tensor, options: dict[str, Any]) -> Comparison | None:
     """Time the call against per-step decoding: a warm-up each, then interleaved pairs in alternating order."""
     if options["num_draft_tokens"] == 0:
         return None
@@ -255,10 +259,9 @@ def _compare(model: ProxyTunedModel, inputs: dict[str, torch.Tensor], options: d
         for name in sorted(settings, reverse=repeat % 2 == 0):
             _synchronize(model.device)
             start = time.perf_counter()
-            out = model.generate(**inputs, **settings[name], return_dict_in_generate=True)
+            tokens[name], _ = _generate(model, input_ids, settings[name])
             _synchronize(model.device)
             seconds = time.perf_counter() - start
-            tokens[name] = _new_tokens(out, inputs)
             if repeat >= 0:
                 rates[name].append(len(tokens[name]) / seconds)
     comparable = not options["do_sample"] or options["acceptance"] == "coupled"

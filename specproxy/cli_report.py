@@ -80,7 +80,7 @@ def print_report(
         stats: the call's statistics; its first row of `token_sources` belongs to `pieces`.
         comparison: timing against per-step decoding; None where the call was per-step itself.
     """
-    text = Text(prompt, style="dim")
+    text = Text().append(prompt, style="dim")
     for piece, source in zip(pieces, stats.token_sources[0], strict=True):
         text.append(piece, style=STYLES[source])
     console.print(text, soft_wrap=True)
