@@ -412,6 +412,24 @@ def test_pieces_hold_back_unfinished_characters(tokenizer: PreTrainedTokenizerFa
     assert split_tokens(tokenizer, []) == []
 
 
+# What README.md shows.
+
+
+def test_readme_example_runs(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    exec(blocks[0], {})
+    lines = capsys.readouterr().out.splitlines()
+    rate, length = map(float, lines[-1].split())
+    assert lines[0].startswith("Question:") and 0 <= rate <= 1 <= length <= 5
+
+
+def test_readme_names_options_that_exist(run: Run) -> None:
+    lines = re.findall(r"specproxy generate .*", (ROOT / "README.md").read_text(encoding="utf-8"))
+    _, out, _ = run("generate", "--help")
+    assert len(lines) >= 4
+    assert {option for line in lines for option in re.findall(r"--[a-z-]+", line)} <= set(re.findall(r"--[a-z-]+", out))
+
+
 # The program as it is started.
 
 
