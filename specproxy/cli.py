@@ -34,6 +34,7 @@ __all__ = ["app", "main"]
 
 DEFAULT_TASK = "arithmetic"
 REPEATS = 5  # interleaved pairs behind the speed that --stats prints
+TIME_LIMIT = 30.0  # seconds after which no further pair begins
 EXIT_ERROR = 2
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -255,7 +256,10 @@ def _compare(model: ProxyTunedModel, input_ids: torch.Tensor, options: dict[str,
     settings = {"speculative": options, "per_step": options | {"num_draft_tokens": 0}}
     rates: dict[str, list[float]] = {name: [] for name in settings}
     tokens: dict[str, list[int]] = {}
+    began = time.perf_counter()
     for repeat in range(-1, REPEATS):  # -1 is the warm-up
+        if repeat > 0 and time.perf_counter() - began > TIME_LIMIT:
+            break
         for name in sorted(settings, reverse=repeat % 2 == 0):
             _synchronize(model.device)
             start = time.perf_counter()

@@ -115,7 +115,7 @@ def _summary(stats: SpeculationStats, comparison: Comparison | None) -> Table:
         table.add_row("speed", f"{median(comparison.speculative):.1f} tokens/s")
         table.add_row("per-step speed, same run", f"{median(comparison.per_step):.1f} tokens/s")
         repeats = len(comparison.speculative)
-        table.add_row(f"median ratio of {repeats} pairs", f"{comparison.ratio:.2f} times per-step")
+        table.add_row(f"median ratio, {repeats} pairs timed", f"{comparison.ratio:.2f} times per-step")
         if comparison.same_tokens is not None:
             table.add_row("same tokens as per-step", "yes" if comparison.same_tokens else "no")
     return table

@@ -350,7 +350,7 @@ def test_stats_show_everything(run: Run) -> None:
         rf"bonus included .* {speculation['mean_acceptance_length']:.2f} tokens a cycle",
         rf"without bonus .* {speculation['mean_acceptance_length_without_bonus']:.2f} tokens a cycle",
         r"per-step speed, same run .* \d+\.\d tokens/s",
-        r"median ratio of 5 pairs .* \d+\.\d\d times per-step",
+        r"median ratio, 5 pairs timed .* \d+\.\d\d times per-step",
         r"same tokens as per-step .* yes",
         *(rf" {i} │ .*% of {count} " for i, count in enumerate(speculation["drafted_per_position"], start=1)),
     ):
@@ -363,6 +363,12 @@ def test_stats_time_pairs_after_a_warm_up(run: Run, seen: list[dict[str, Any]]) 
     assert len(counts) == 2 * (cli.REPEATS + 1)
     pairs = [tuple(counts[i : i + 2]) for i in range(0, len(counts), 2)]
     assert set(pairs) == {(0, 3), (3, 0)}  # the order alternates
+
+
+def test_stats_do_not_time_for_long(run: Run, seen: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "TIME_LIMIT", 0.0)
+    code, out, _ = run(*SHORT, "Hello", "--stats")
+    assert code == 0 and "median ratio, 1 pairs timed" in out and len(seen) == 5
 
 
 def test_sampled_tokens_are_compared_only_where_they_must_agree(run: Run) -> None:
