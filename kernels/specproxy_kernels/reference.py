@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specproxy_kernels.noise import PURPOSE_RESIDUAL, PURPOSE_TOKEN, coin_noise, gumbel_noise
+from specproxy_kernels.noise import PURPOSE_RESIDUAL, PURPOSE_TOKEN, coin_noise, gumbel_noise, window_noise
 
 __all__ = [
     "RULES",
@@ -161,11 +161,13 @@ class NoiseStream:
     def __init__(self, key: Tensor, start: Tensor, block_start: Tensor | None = None) -> None:
         self.key, self.start, self.block_start = key, start, block_start
         self._drawn: Tensor | None = None
+        self._coins: Tensor | None = None
 
     def tokens(self, count: int, vocab_size: int) -> Tensor:
         """Gumbel noise float32 [B, count, V] of the token purpose at window positions 0 .. count - 1."""
         if self._drawn is None or self._drawn.shape[1] < count:
-            self._drawn = gumbel_noise(self.key, self._index(count), PURPOSE_TOKEN, vocab_size, self.block_start)
+            index = self._index(count)
+            self._drawn, self._coins = window_noise(self.key, index, vocab_size, self.block_start)
         return self._drawn[:, :count]
 
     def next_token(self, num_accepted: Tensor, rule: str, window: int, vocab_size: int) -> Tensor:
@@ -178,6 +180,8 @@ class NoiseStream:
 
     def coins(self, count: int) -> Tensor:
         """Coins float32 [B, count]."""
+        if self._coins is not None and self._coins.shape[1] >= count:
+            return self._coins[:, :count]
         return coin_noise(self.key, self._index(count), self.block_start)
 
     def _index(self, count: int) -> Tensor:
