@@ -217,17 +217,22 @@ def combine_logits(
     Returns:
         s: [B, W, V] in promote(float32, inputs); -inf where the base or an expert is -inf.
         bad: bool [B, W], rows with NaN or +inf, or with an infinite anti-expert alone; their s is not usable.
+            Ids that the base or an expert masks with -inf are not inspected.
 
     Source: Liu et al. 2024, arXiv 2401.08565, section 2.
     """
     base = base[..., :vocab_size]
     dtype = torch.promote_types(base.dtype, torch.float32)
+    for pair in pairs:
+        dtype = torch.promote_types(dtype, pair.expert.dtype)
+        if pair.anti_expert is not None:
+            dtype = torch.promote_types(dtype, pair.anti_expert.dtype)
     combined = base.to(dtype)
     masked = base == -inf
     for pair in pairs:
         expert = pair.expert[..., :vocab_size].to(dtype)
         masked = masked | (expert == -inf)
-        difference = expert if pair.anti_expert is None else expert - pair.anti_expert[..., :vocab_size]
+        difference = expert if pair.anti_expert is None else expert - pair.anti_expert[..., :vocab_size].to(dtype)
         # Infinities that the expert's mask does not explain become NaN, so that no alpha (0, negative) can hide them.
         difference = difference.masked_fill(difference.isinf(), torch.nan)
         combined = combined + pair.alpha.to(dtype)[..., None] * difference
@@ -563,7 +568,9 @@ def _target_law(
     """The target law at given window positions, and what is wrong with it (int32 [B, W] of status bits)."""
     combined, bad = combine_logits(base, pairs, vocab_size)
     law = warp_law(combined, parameters, drafts, position)
-    empty = law.z.amax(-1) == -inf
+    # The warp itself can overflow (a tiny temperature or penalty), which the sum of its exponentials shows.
+    bad = bad | ~(law.lse < inf)
+    empty = law.lse == -inf
     status = torch.where(bad, STATUS_NON_FINITE, torch.where(empty, STATUS_EMPTY_SUPPORT, 0)).to(torch.int32)
     return law, status
 
