@@ -242,5 +242,4 @@ def worked_story(rng: random.Random, split: str, largest: int) -> str:
     if rng.random() < 0.5:
         return f"Question: {problem.question}\nAnswer: {' '.join(f'{step.equation}.' for step in problem.steps)}"
     lines = "\n".join(f"{step.equation}." for step in problem.steps)
-    said = f"\nSo {problem.name} has {problem.result} {problem.things}." if rng.random() < 0.5 else ""
-    return f"Question: {problem.question}\nWorking:\n{lines}{said}"
+    return f"Question: {problem.question}\nWorking:\n{lines}"
