@@ -14,6 +14,7 @@ from specproxy.errors import (
 )
 from specproxy.model import ProxyTunedModel
 from specproxy.stats import SpeculationStats
+from specproxy.streaming import RowStreamer
 from specproxy.version import __version__
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "LogitsError",
     "PromptError",
     "ProxyTunedModel",
+    "RowStreamer",
     "SpecProxyError",
     "SpeculationStats",
     "UnsupportedModelError",
