@@ -70,7 +70,7 @@ def generate(
     _check_lengths(trio, prompts, most)
     if streamer is not None and batch != 1 and not hasattr(streamer, "put_row"):
         raise ConfigurationError(
-            f"streamer={type(streamer).__name__} takes one sequence, this call has {batch}; use a specproxy.RowStreamer."
+            f"streamer={type(streamer).__name__} takes one sequence of {batch}; use a RowStreamer."
         )
     stopping = _stopping_criteria(options)
     keys = _row_keys(batch, seed, generator, options.law.sampling.do_sample)
