@@ -12,6 +12,7 @@ from specproxy.errors import (
     UnsupportedModelError,
     VocabularyError,
 )
+from specproxy.integrations.transformers import custom_generate
 from specproxy.model import ProxyTunedModel
 from specproxy.stats import SpeculationStats
 from specproxy.streaming import RowStreamer
@@ -28,4 +29,5 @@ __all__ = [
     "UnsupportedModelError",
     "VocabularyError",
     "__version__",
+    "custom_generate",
 ]

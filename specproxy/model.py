@@ -14,7 +14,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import logging as transformers_logging
 
 from specproxy import demo
+from specproxy.chat import ChatReply, ChatTemplate, check_messages, render_prompt
 from specproxy.config import check_alpha
+from specproxy.errors import ConfigurationError
 from specproxy.generate import GenerateOutput, generate
 from specproxy.options import parse_options
 from specproxy.state import ANTI_EXPERT, BASE, EXPERT
@@ -69,6 +71,7 @@ class ProxyTunedModel:
         further_pairs: Sequence[tuple[PreTrainedModel, PreTrainedModel, float]] = (),
     ) -> None:
         self.tokenizer = tokenizer
+        self.expert_tokenizer = expert_tokenizer if expert_tokenizer is not None else tokenizer
         self._trio = Trio(
             base,
             expert,
@@ -190,6 +193,27 @@ class ProxyTunedModel:
     def dtype(self) -> torch.dtype:
         """Of the base's weights."""
         return self.base.dtype
+
+    @property
+    def config(self) -> Any:
+        """The base's configuration."""
+        return self.base.config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """End and pad ids as `generate` uses them, and Transformers' defaults otherwise."""
+        eos = sorted(self._trio.eos_token_ids())
+        return GenerationConfig(eos_token_id=eos or None, pad_token_id=self._trio.pad_token_id())
+
+    def can_generate(self) -> bool:
+        """True: Transformers' pipelines ask."""
+        return True
+
+    def to(self, device: str | torch.device) -> ProxyTunedModel:
+        """Move all models, in place."""
+        for model in self._trio.models.values():
+            model.to(device)  # type: ignore[arg-type]
+        return self
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> CausalLMOutput:
         """Combined logits of whole sequences, by one plain forward of each model.
@@ -314,6 +338,54 @@ class ProxyTunedModel:
             streamer=streamer,
         )
         return output if options.return_dict_in_generate else output.sequences
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        base_template: ChatTemplate | None = None,
+        expert_template: ChatTemplate | None = None,
+        anti_expert_template: ChatTemplate | None = None,
+        max_new_tokens: int = 256,
+        **arguments: Any,
+    ) -> ChatReply:
+        """Answer a conversation; pass the reply's `messages` on for the next turn.
+
+        Args:
+            messages: dictionaries with "role" ("system", "user" or "assistant") and "content", ending with the user's
+                turn.
+            base_template: "chat" (its tokenizer's template), "raw" (the contents alone), a Jinja template, or a
+                function from messages to text; by default "chat" where the tokenizer has a template, else "raw".
+            expert_template: likewise, with the expert's tokenizer.
+            anti_expert_template: likewise; by default what the base reads.
+            max_new_tokens: of the answer.
+            arguments: of `generate`.
+
+        Raises:
+            PromptError: a malformed conversation.
+            ConfigurationError: no tokenizer, or "chat" without a template.
+        """
+        if self.tokenizer is None:
+            raise ConfigurationError("tokenizer=None: chat needs text; construct the model with a tokenizer.")
+        conversation = check_messages(messages)
+        base = render_prompt(conversation, base_template, self.tokenizer, "base_template")
+        prompts = {
+            "": base,
+            "expert_": render_prompt(conversation, expert_template, self.expert_tokenizer, "expert_template"),
+            "anti_expert_": base
+            if anti_expert_template is None
+            else render_prompt(conversation, anti_expert_template, self.tokenizer, "anti_expert_template"),
+        }
+        for prefix, (prompt, adds_special_tokens) in prompts.items():
+            tokenizer = self.expert_tokenizer if prefix == "expert_" else self.tokenizer
+            encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=adds_special_tokens)
+            arguments[f"{prefix}input_ids"] = encoded.input_ids.to(self.device)
+        arguments["return_dict_in_generate"] = True
+        output = self.generate(max_new_tokens=max_new_tokens, **arguments)
+        assert isinstance(output, GenerateOutput)
+        new = output.sequences[0, arguments["input_ids"].shape[1] :]
+        text = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
+        return ChatReply(text, [*conversation, {"role": "assistant", "content": text}], output)
 
 
 def _find_tokenizer(name: str) -> Any:

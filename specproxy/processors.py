@@ -40,7 +40,15 @@ from transformers import (
 from specproxy.config import SamplingParameters
 from specproxy.errors import ConfigurationError
 
-__all__ = ["LawOptions", "RowLaw", "TokenBan", "row_law"]
+__all__ = [
+    "LawOptions",
+    "Processor",
+    "RowLaw",
+    "TokenBan",
+    "configured_processors",
+    "configured_warpers",
+    "row_law",
+]
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
@@ -167,22 +175,49 @@ def row_law(
         device: of the logits.
 
     Raises:
-        ConfigurationError, or Transformers' own ValueError, for an option's unusable value.
+        ValueError: Transformers' own, for an option's unusable value.
     """
+    processors = configured_processors(
+        options,
+        row_index=row_index,
+        prompt_length=prompt_length,
+        min_new_tokens=min_new_tokens,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        device=device,
+    )
+    if not options.needs_python:  # they were built all the same, so that Transformers has checked their values
+        return RowLaw(options.sampling, bans=_bans(options, min_new_tokens, eos_token_ids))
+    processors += options.logits_processor
+    sampling = replace(options.sampling, repetition_penalty=None)
+    if options.has_python_warpers:
+        processors += configured_warpers(options)
+        sampling = replace(sampling, temperature=1.0, top_k=None, top_p=None, min_p=None)
+    return RowLaw(sampling, tuple(processors))
+
+
+def configured_processors(
+    options: LawOptions,
+    *,
+    row_index: int,
+    prompt_length: int,
+    min_new_tokens: int,
+    max_new_tokens: int,
+    eos_token_ids: frozenset[int],
+    device: torch.device,
+) -> list[Processor]:
+    """The processors that Transformers makes from a configuration, in its order; arguments as in `row_law`."""
     eos = torch.tensor(sorted(eos_token_ids), device=device) if eos_token_ids else None
-    sampling = options.sampling
-    bad_words = None if options.bad_words_ids is None else NoBadWordsLogitsProcessor(options.bad_words_ids, eos)
-    if not options.needs_python:
-        return RowLaw(sampling, bans=_bans(options, min_new_tokens, eos_token_ids))
+    penalty = options.sampling.repetition_penalty
     processors: list[Processor] = []
     if options.sequence_bias is not None:
         processors.append(SequenceBiasLogitsProcessor(options.sequence_bias))
-    if sampling.repetition_penalty is not None and sampling.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+    if penalty is not None and penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
     if options.no_repeat_ngram_size:
         processors.append(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size))
-    if bad_words is not None:
-        processors.append(bad_words)
+    if options.bad_words_ids is not None:
+        processors.append(NoBadWordsLogitsProcessor(options.bad_words_ids, eos))
     if min_new_tokens > 0 and eos is not None:
         processors.append(MinNewTokensLengthLogitsProcessor(prompt_length, min_new_tokens, eos, device=str(device)))
     if options.prefix_allowed_tokens_fn is not None:
@@ -203,14 +238,7 @@ def row_law(
     if options.begin_suppress_tokens is not None:
         begin = SuppressTokensAtBeginLogitsProcessor(options.begin_suppress_tokens, prompt_length, device=str(device))
         processors.append(begin)
-    processors += options.logits_processor
-    sampling = replace(sampling, repetition_penalty=None)
-    if options.has_python_warpers:
-        processors += _warpers(options)
-        sampling = replace(sampling, temperature=1.0, top_k=None, top_p=None, min_p=None)
-    if options.renormalize_logits and options.has_python_warpers:
-        processors.append(LogitNormalization())
-    return RowLaw(sampling, tuple(processors))
+    return processors
 
 
 def _bans(options: LawOptions, min_new_tokens: int, eos_token_ids: frozenset[int]) -> tuple[TokenBan, ...]:
@@ -224,10 +252,12 @@ def _bans(options: LawOptions, min_new_tokens: int, eos_token_ids: frozenset[int
     return tuple(ban for ban in bans if ban.token_ids and ban.until != 0)
 
 
-def _warpers(options: LawOptions) -> list[Processor]:
-    """Every filter as Transformers' own object, in its order."""
+def configured_warpers(options: LawOptions) -> list[Processor]:
+    """The filters that Transformers makes from a configuration when sampling, in its order."""
     sampling = options.sampling
     warpers: list[Processor] = []
+    if not sampling.do_sample:
+        return warpers
     if sampling.temperature is not None and sampling.temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if options.top_h is not None:
@@ -244,4 +274,6 @@ def _warpers(options: LawOptions) -> list[Processor]:
         warpers.append(EpsilonLogitsWarper(options.epsilon_cutoff))
     if options.eta_cutoff:
         warpers.append(EtaLogitsWarper(options.eta_cutoff))
+    if options.renormalize_logits:
+        warpers.append(LogitNormalization())
     return warpers
