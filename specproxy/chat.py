@@ -42,7 +42,7 @@ def check_messages(messages: Sequence[Message]) -> list[Message]:
     Raises:
         PromptError: naming the message that is malformed.
     """
-    if isinstance(messages, str) or not messages:
+    if not messages:
         raise PromptError(f"messages={messages!r} must be a non-empty list of {{'role': ..., 'content': ...}}.")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in _ROLES:

@@ -212,7 +212,7 @@ class ProxyTunedModel:
     def to(self, device: str | torch.device) -> ProxyTunedModel:
         """Move all models, in place."""
         for model in self._trio.models.values():
-            model.to(device)  # type: ignore[arg-type]
+            model.to(device)
         return self
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> CausalLMOutput:

@@ -62,7 +62,7 @@ def custom_generate(
         >>> base.generate(**inputs, max_new_tokens=64, custom_generate=method)  # doctest: +SKIP
     """
     proxies: dict[int, ProxyTunedModel] = {}
-    defaults = {"alpha": alpha, "num_draft_tokens": num_draft_tokens, "acceptance": acceptance}
+    pair_alpha, pair_count, pair_rule = alpha, num_draft_tokens, acceptance
 
     def decode(
         model: PreTrainedModel,
@@ -89,7 +89,7 @@ def custom_generate(
             )
         proxy = proxies.get(id(model))
         if proxy is None:
-            proxy = proxies[id(model)] = ProxyTunedModel(model, expert, anti_expert, tokenizer, defaults["alpha"])
+            proxy = proxies[id(model)] = ProxyTunedModel(model, expert, anti_expert, tokenizer, pair_alpha)
         custom, allowed = _own_processors(logits_processor, generation_config, input_ids.shape[1])
         criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
         config = GenerationConfig.from_dict(
@@ -110,8 +110,8 @@ def custom_generate(
             seed=seed,
             generator=generator,
             alpha=alpha,
-            num_draft_tokens=defaults["num_draft_tokens"] if num_draft_tokens is None else num_draft_tokens,
-            acceptance=acceptance or defaults["acceptance"],
+            num_draft_tokens=pair_count if num_draft_tokens is None else num_draft_tokens,
+            acceptance=acceptance or pair_rule,
             expert_input_ids=expert_input_ids,
             expert_attention_mask=expert_attention_mask,
             anti_expert_input_ids=anti_expert_input_ids,
