@@ -1,11 +1,12 @@
 """Chi-square tests of sampled laws with a stated false-alarm rate and power.
 
-FAMILY_FALSE_ALARM bounds the probability that a correct program fails anywhere in the suite; every single test runs at
-FAMILY_FALSE_ALARM / MAX_TESTS (Bonferroni). Seeds are fixed, so that a run which passes keeps passing until the code changes.
+FAMILY_FALSE_ALARM bounds the probability that a correct program fails anywhere in the suite; every single test runs
+at FAMILY_FALSE_ALARM / MAX_TESTS (Bonferroni). Seeds are fixed, so that a run which passes keeps passing until the
+code changes.
 
-Power. With N draws, C cells of positive probability and a total variation d between the sampled law and the exact one, the
-statistic is close to a noncentral chi-square with C - 1 degrees of freedom and noncentrality N * sum (p' - p)^2 / p, which is
-at least N * (2 d)^2 (Cauchy-Schwarz). `power` evaluates that bound.
+Power. With N draws, C cells of positive probability and a total variation d between the sampled law and the exact
+one, the statistic is close to a noncentral chi-square with C - 1 degrees of freedom and noncentrality N * sum (p' -
+p)^2 / p, which is at least N * (2 d)^2 (Cauchy-Schwarz). `power` evaluates that bound.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Exact law of one cycle, with the runtime's own functions as black boxes.
 
-`joint_law` enumerates every draft. The coins are integrated exactly: the threshold of each coin is found by bisection on the
-acceptance itself, then the runtime is run on one representative of each of the 2^G cells. The draw of a token is a Gumbel race
-over unknown scores; those too are recovered by bisection, on injected noise, so that any change of the code that changes the
-law shows, wherever it stands. The emitted tokens are completed per step by the target law to W tokens.
+`compare` enumerates every draft. The coins are integrated exactly: the threshold of each coin is found by bisection
+on the acceptance itself, then the runtime is run on one representative of each of the 2^G cells. The draw of a token
+is a Gumbel race over unknown scores; those too are recovered by bisection, on injected noise, so that any change of
+the code that changes the law shows, wherever it stands. The emitted tokens are completed per step by the target law
+to W tokens.
 
 Everything is float64 on random laws that depend on the whole context.
 """
@@ -153,8 +154,8 @@ class InjectedNoise:
 def race_law(draw: Callable[[Tensor, Tensor], Tensor], rows: int, vocab_size: int) -> np.ndarray:
     """Law [rows, V] of argmax(scores + Gumbel), from `draw(row indices, noise [., V]) -> tokens` alone.
 
-    With every noise but two at -inf, token v beats the winner of the noiseless race once its noise reaches the gap between
-    their scores.
+    With every noise but two at -inf, token v beats the winner of the noiseless race once its noise reaches the gap
+    between their scores.
     """
     every = torch.arange(rows)
     winner = draw(every, torch.zeros(rows, vocab_size, dtype=torch.float64))

@@ -1,4 +1,5 @@
-"""Counter noise: the integers against published answers and independent implementations, the floats against their laws."""
+"""Counter noise: the integers against published answers and independent implementations, the floats against their
+laws."""
 
 import itertools
 import os
@@ -252,7 +253,8 @@ def test_gumbel_is_gumbel(sample: tuple[torch.Tensor, torch.Tensor]) -> None:
 
 
 def test_words_of_a_row_are_unrelated() -> None:
-    """Rank correlation between any two of: purposes, positions, rows, block starts, ids and the coin at the same place."""
+    """Rank correlation between any two of: purposes, positions, rows, block starts, ids and the coin at the same
+    place."""
     count = 20000
     key = row_keys([7] * count, range(count))
     zero, one = torch.zeros(count, 1, dtype=torch.long), torch.ones(count, 1, dtype=torch.long)

@@ -155,7 +155,13 @@ def problems(draw: st.DrawFn, dtypes: list[torch.dtype] = DTYPES, greedy: bool =
     if draw(st.booleans()):
         allowed = rng.random((draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, window])), vocab)) < 0.7
         allowed[..., 0] = True
-    columns = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": penalty}
+    columns = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": penalty,
+    }
     row_settings = [
         {name: values[row].item() for name, values in columns.items() if values is not None} for row in range(batch)
     ]
@@ -226,7 +232,9 @@ def test_warped_law(rows: Rows) -> None:
 
 
 @PROPERTY
-@given(problems(dtypes=[torch.float64], greedy=False), st.sampled_from(["rejection", "block"]), st.booleans(), st.data())
+@given(
+    problems(dtypes=[torch.float64], greedy=False), st.sampled_from(["rejection", "block"]), st.booleans(), st.data()
+)
 def test_verified_window(rows: Rows, rule: str, certain: bool, data: st.DataObject) -> None:
     """Drafts drawn by the runtime, coins and Gumbel noise injected: kept drafts and the next token of every row."""
     batch, window = rows.base.shape[:2]
@@ -262,9 +270,7 @@ def test_verified_window(rows: Rows, rule: str, certain: bool, data: st.DataObje
         used = int(rows.num_drafts[row])
         targets = [warp(rows.scores(row, i)[0], **rows.warp_arguments(row, i)) for i in range(used + 1)]
         one_hot = np.eye(vocab)
-        proposals = [
-            warp(expert[row, i, :vocab].double().numpy(), **rows.warp_arguments(row, i)) for i in range(used)
-        ]
+        proposals = [warp(expert[row, i, :vocab].double().numpy(), **rows.warp_arguments(row, i)) for i in range(used)]
         draft_probs = [one_hot[drafts[row, i]] if certain else proposals[i].prob for i in range(used)]
         assume(min([law.margin for law in [*targets, *proposals]]) > 1e-9)
         number, weight, margin = verify(
@@ -296,7 +302,10 @@ def outputs(rows: Rows, rule: str, key: Tensor, start: Tensor) -> tuple[Tensor, 
         expert = rows.pairs[0].expert[:, : window - 1]
         cut = expert[..., : rows.vocab_size]
         warped = warp_law(
-            cut.to(torch.promote_types(cut.dtype, torch.float32)), rows.parameters, rows.drafts, position[:, : window - 1]
+            cut.to(torch.promote_types(cut.dtype, torch.float32)),
+            rows.parameters,
+            rows.drafts,
+            position[:, : window - 1],
         )
         expert_law = DraftLaw(expert, warped.tau, warped.lse)
     verified = verify_window(
@@ -325,7 +334,8 @@ def test_rows_do_not_depend_on_their_batch(rows: Rows, rule: str, random: Any) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [37, 1000, 4099])
 def test_rows_do_not_depend_on_their_batch_at_size(vocab_size: int, dtype: torch.dtype) -> None:
-    """Vectors longer than a SIMD register and a reduction block, at batch sizes that change how torch splits the work."""
+    """Vectors longer than a SIMD register and a reduction block, at batch sizes that change how torch splits the
+    work."""
     generator = torch.Generator().manual_seed(vocab_size)
     batch, window = 9, 4
 
@@ -394,11 +404,17 @@ def test_warp_equals_transformers(
 def test_a_prefix_holds_the_drafts_before_its_position_only() -> None:
     """Penalties read prompt and earlier drafts: not the draft at the position itself, none behind it."""
     parameters = WarpParameters(
-        temperature=torch.ones(1), repetition_penalty=torch.full((1,), 2.0), seen=torch.tensor([[True, *[False] * 4]]),
+        temperature=torch.ones(1),
+        repetition_penalty=torch.full((1,), 2.0),
+        seen=torch.tensor([[True, *[False] * 4]]),
         any_greedy=False,
     )
     z = warp_law(torch.ones(1, 4, 5), parameters, torch.tensor([[2, 2, 4]]), torch.arange(4)[None]).z
-    penalised = [[True, False, False, False, False], *[[True, False, True, False, False]] * 2, [True, False, True, False, True]]
+    penalised = [
+        [True, False, False, False, False],
+        *[[True, False, True, False, False]] * 2,
+        [True, False, True, False, True],
+    ]
     assert (z[0] == 0.5).tolist() == penalised
     late = warp_law(torch.ones(1, 1, 5), parameters, torch.tensor([[2, 2, 4]]), torch.tensor([[1]])).z
     assert (late[0] == 0.5).tolist() == [penalised[1]]
@@ -488,7 +504,8 @@ def test_one_bad_token_anywhere_in_the_vocabulary_is_found(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", reference.RULES)
 def test_a_fault_counts_where_it_is_reached(rule: str) -> None:
-    """Logits behind the emitted tokens are never read: a fault at the bonus position of a refused window is no fault."""
+    """Logits behind the emitted tokens are never read: a fault at the bonus position of a refused window is no
+    fault."""
     base, pair, drafts, law, parameters, key = window_of(batch=200)
     kept, token, _ = run(rule, base, pair, drafts, law, parameters, key)
     base[:, 2] = torch.nan

@@ -1,4 +1,5 @@
-"""Joint law of several tokens across cycles, with the runtime's own counter noise (see `chi_square` for rates and power)."""
+"""Joint law of several tokens across cycles, with the runtime's own counter noise (see `chi_square` for rates and
+power)."""
 
 import chi_square
 import numpy as np

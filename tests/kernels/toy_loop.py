@@ -1,8 +1,9 @@
 """A decode loop without models: the runtime's drafting, acceptance and noise over random laws given as tables.
 
-Rows are samples: each has a key of its own, so that one run gives as many independent draws of the joint law as it has rows.
-The laws depend on the last two tokens, and the drafts are anti-correlated with the target: expert logits are minus the target's,
-so that refusals, residuals and short cycles are frequent and cycles end at different positions in different rows.
+Rows are samples: each has a key of its own, so that one run gives as many independent draws of the joint law as it
+has rows. The laws depend on the last two tokens, and the drafts are anti-correlated with the target: expert logits
+are minus the target's, so that refusals, residuals and short cycles are frequent and cycles end at different
+positions in different rows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The operations written a second time in NumPy: one row, one position, float64, from the formulas alone.
 
-Nothing here imports torch or specproxy_kernels. `Warped.margin` says how close a kept or dropped value lies to the boundary of a
-filter; where it is small, rounding decides and a comparison means nothing.
+Nothing here imports torch or specproxy_kernels. `Warped.margin` says how close a kept or dropped value lies to the
+boundary of a filter; where it is small, rounding decides and a comparison means nothing.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def verify(
     draft_laws: Sequence[np.ndarray],
     coins: Sequence[float],
 ) -> tuple[int, np.ndarray, float]:
-    """One row of `rejection` or `block`: drafts kept, unnormalised law of the next token, distance of a coin to its threshold.
+    """One row of `rejection` or `block`: drafts kept, unnormalised law of the next token, distance of a coin to its
+    threshold.
 
     `targets` are the G + 1 laws p, `draft_laws` the G laws q (one-hot for certain drafts); all probabilities [V].
     """
