@@ -5,8 +5,8 @@ Checks every argument before any model runs. Knows nothing of text: token ids on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -68,18 +68,22 @@ def generate(
     batch = len(prompts[BASE])
     least, most = options.budget(input_ids.shape[1])
     _check_lengths(trio, prompts, most)
+    if streamer is not None and not (hasattr(streamer, "put") or hasattr(streamer, "put_row")):
+        raise ConfigurationError(f"streamer={streamer!r} has neither put() nor put_row(); give a streamer.")
     if streamer is not None and batch != 1 and not hasattr(streamer, "put_row"):
         raise ConfigurationError(
             f"streamer={type(streamer).__name__} takes one sequence of {batch}; use a RowStreamer."
         )
     stopping = _stopping_criteria(options)
+    # Normalisation changes recorded scores, no law: without them it is spared.
+    law = options.law if options.output_scores else replace(options.law, renormalize_logits=None)
     keys = _row_keys(batch, seed, generator, options.law.sampling.do_sample)
     rows = [
         Row(
             index=i,
             prompts={role: rows[i] for role, rows in prompts.items()},
             law=row_law(
-                options.law,
+                law,
                 row_index=i,
                 prompt_length=len(prompts[BASE][i]),
                 min_new_tokens=least,
@@ -93,7 +97,7 @@ def generate(
             eos_token_ids=eos,
             stopping_criteria=stopping,
         )
-        for i, strengths in enumerate(_alphas(trio, alpha, batch))
+        for i, strengths in enumerate(_alphas(trio, alpha, batch, copies))
     ]
     records = options.output_scores or options.output_logits
     stats = _decode(trio, rows, options.speculation, records, _Feed(streamer, input_ids, rows))
@@ -184,8 +188,11 @@ def _stopping_criteria(options: GenerationOptions) -> list[Any]:
 
 def _recorded(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
     """Per new token float32 [B, V]; NaN where a row had ended."""
-    width = max(line.shape[0] for row in rows for line in row)
-    ended = torch.full((width,), torch.nan, device=rows[0][0].device)
+    width = max((line.shape[0] for row in rows for line in row), default=0)
+    if width == 0:
+        return ()  # every row failed at its first token
+    device = next(line.device for row in rows for line in row)
+    ended = torch.full((width,), torch.nan, device=device)
     steps = max(map(len, rows))
     # Copies, since what inference mode made could not take part in a caller's gradients.
     return tuple(torch.stack([row[t].clone() if t < len(row) else ended for row in rows]) for t in range(steps))
@@ -198,10 +205,12 @@ def _sequences(input_ids: Tensor, rows: list[Row], pad: int) -> Tensor:
     return torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
 
 
-def _eos_ids(trio: Trio, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+def _eos_ids(trio: Trio, eos_token_id: int | Sequence[int] | Tensor | None) -> frozenset[int]:
     if eos_token_id is None:
         return trio.eos_token_ids()
-    ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    if isinstance(eos_token_id, Tensor):
+        eos_token_id = eos_token_id.tolist()
+    ids = list(eos_token_id) if isinstance(eos_token_id, Iterable) else [eos_token_id]
     return frozenset(check_integer("eos_token_id", i, 0, "give token ids") for i in ids)
 
 
@@ -280,7 +289,9 @@ def _check_lengths(trio: Trio, prompts: dict[str, list[list[int]]], max_new_toke
             )
 
 
-def _alphas(trio: Trio, alpha: float | Sequence[float] | Tensor | None, batch: int) -> list[tuple[float, ...]]:
+def _alphas(
+    trio: Trio, alpha: float | Sequence[float] | Tensor | None, batch: int, copies: int
+) -> list[tuple[float, ...]]:
     """Strength of every pair, per row. A number or one per row is that of the first pair; [B, pairs] gives all."""
     defaults = tuple(pair.alpha for pair in trio.pairs)
     values = alpha.tolist() if isinstance(alpha, Tensor) else alpha
@@ -288,6 +299,8 @@ def _alphas(trio: Trio, alpha: float | Sequence[float] | Tensor | None, batch: i
         return [defaults] * batch
     if not isinstance(values, Sequence):
         return [(check_alpha(values), *defaults[1:])] * batch
+    if len(values) * copies == batch:
+        values = [value for value in values for _ in range(copies)]  # one per prompt
     if len(values) != batch:
         raise ConfigurationError(f"alpha has {len(values)} values for {batch} rows; give one number, or one per row.")
     rows: list[tuple[float, ...]] = []

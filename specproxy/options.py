@@ -37,6 +37,7 @@ _LAW = (
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _LENGTH = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings")
 _OUTPUT = ("num_return_sequences", "output_scores", "output_logits", "return_dict_in_generate")
+_FLAGS = ("output_scores", "output_logits", "return_dict_in_generate", "remove_invalid_values", "renormalize_logits")
 _IDS = ("eos_token_id", "pad_token_id")
 _CALLABLES = ("prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria", "tokenizer")
 _FROM_CONFIG = (*_LAW, *_SAMPLING, *_LENGTH, *_OUTPUT, *_IDS)
@@ -48,8 +49,8 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
         (1,),
     ),
     "num_beam_groups": ("beam search is not supported; use greedy decoding or sampling", (1,)),
-    "diversity_penalty": ("beam search is not supported; use greedy decoding or sampling", (0.0,)),
-    "length_penalty": ("beam search is not supported; use exponential_decay_length_penalty", (1.0,)),
+    "diversity_penalty": ("beam search is not supported; use greedy decoding or sampling", (0, 0.0)),
+    "length_penalty": ("beam search is not supported; use exponential_decay_length_penalty", (1, 1.0)),
     "early_stopping": ("beam search is not supported; use stopping_criteria", (False,)),
     "constraints": ("constrained beam search is not supported; use prefix_allowed_tokens_fn", ()),
     "force_words_ids": ("constrained beam search is not supported; use prefix_allowed_tokens_fn", ()),
@@ -58,7 +59,7 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "guidance_scale": ("classifier-free guidance is not supported; alpha steers by the expert instead", (1, 1.0)),
     "negative_prompt_ids": ("classifier-free guidance is not supported; alpha steers by the expert instead", ()),
     "watermarking_config": ("watermarking is not supported; pass a pure LogitsProcessor instead", ()),
-    "encoder_repetition_penalty": ("there is no encoder here; use repetition_penalty", (1.0,)),
+    "encoder_repetition_penalty": ("there is no encoder here; use repetition_penalty", (1, 1.0)),
     "encoder_no_repeat_ngram_size": ("there is no encoder here; use no_repeat_ngram_size", (0,)),
     "token_healing": ("token healing is not supported; end the prompt on a token boundary", (False,)),
     "assistant_model": ("the expert drafts; use num_draft_tokens", ()),
@@ -66,6 +67,7 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "assistant_early_exit": ("the expert drafts; use num_draft_tokens", ()),
     "past_key_values": ("every call builds its own ragged caches; give the whole prompt", ()),
     "inputs_embeds": ("drafting needs token ids; use input_ids", ()),
+    "use_cache": ("every call builds its own ragged caches; leave it out", (True,)),
     "cache_implementation": ("every call builds its own ragged caches; leave it out", ("dynamic",)),
     "output_attentions": (
         "attention weights are not kept under window attention; call forward() of the model",
@@ -86,7 +88,7 @@ class GenerationOptions:
     speculation: SpeculationParameters
     max_new_tokens: int | None = None
     max_length: int | None = None
-    min_new_tokens: int = 0
+    min_new_tokens: int | None = None
     min_length: int = 0
     max_time: float | None = None
     stop_strings: list[str] | None = None
@@ -116,7 +118,9 @@ class GenerationOptions:
                 )
         else:
             most = 20
-        return max(self.min_new_tokens, self.min_length - prompt_length), most
+        # As in Transformers, min_new_tokens takes precedence.
+        least = self.min_length - prompt_length if self.min_new_tokens is None else self.min_new_tokens
+        return max(least, 0), most
 
 
 def parse_options(
@@ -152,7 +156,7 @@ def parse_options(
     stop_strings = values.get("stop_strings")
     tokenizer = values.get("tokenizer", default_tokenizer)
     if stop_strings is not None:
-        stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        stop_strings = list(stop_strings) if isinstance(stop_strings, (list, tuple, set)) else [stop_strings]
         if not stop_strings or not all(isinstance(stop, str) and stop for stop in stop_strings):
             raise ConfigurationError(f"stop_strings={stop_strings!r} must be a string or a list of non-empty strings.")
         if tokenizer is None:
@@ -173,6 +177,13 @@ def parse_options(
             check_integer(name, values[name], 0, "give a number of tokens")
     if most is not None and values.get("min_new_tokens", 0) > most:
         raise ConfigurationError(f"min_new_tokens={values['min_new_tokens']} exceeds max_new_tokens={most}.")
+    for name in _FLAGS:
+        if not isinstance(values.get(name, False), bool):
+            raise ConfigurationError(f"{name}={values[name]!r} must be True or False.")
+    criteria = _listed(values.get("stopping_criteria"))
+    for criterion in criteria:
+        if not callable(criterion):
+            raise ConfigurationError(f"stopping_criteria holds {criterion!r}; give callables of (input_ids, scores).")
     law = LawOptions(
         sampling,
         **{name: values[name] for name in _LAW if name in values},
@@ -184,12 +195,12 @@ def parse_options(
         speculation=SpeculationParameters(num_draft_tokens, acceptance),
         max_new_tokens=most,
         max_length=values.get("max_length"),
-        min_new_tokens=values.get("min_new_tokens", 0),
+        min_new_tokens=values.get("min_new_tokens"),
         min_length=values.get("min_length", 0),
         max_time=max_time,
         stop_strings=stop_strings,
         tokenizer=tokenizer,
-        stopping_criteria=_listed(values.get("stopping_criteria")),
+        stopping_criteria=criteria,
         num_return_sequences=count,
         eos_token_id=values.get("eos_token_id"),
         pad_token_id=values.get("pad_token_id"),
@@ -213,5 +224,5 @@ def _refuse(values: dict[str, Any]) -> None:
         if name not in _REFUSED:
             raise ConfigurationError(f"{name}={value!r} is not an argument of generate(); remove it.")
         reason, harmless = _REFUSED[name]
-        if value not in harmless:
+        if not any(isinstance(value, type(other)) and value == other for other in harmless):
             raise ConfigurationError(f"{name}={value!r}: {reason}.")

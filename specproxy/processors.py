@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from specproxy.config import SamplingParameters
+from specproxy.config import SamplingParameters, check_integer, check_number
 from specproxy.errors import ConfigurationError
 
 __all__ = [
@@ -79,6 +80,7 @@ class RowLaw:
     sampling: SamplingParameters
     processors: tuple[Processor, ...] = ()
     bans: tuple[TokenBan, ...] = ()
+    removes_invalid: bool = False  # whether the processors take NaN and infinities
 
     def process(self, prefix: Tensor, logits: Tensor) -> Tensor:
         """Processed logits [V] of one position, whose prefix is int64 [1, L]."""
@@ -111,6 +113,22 @@ class LawOptions:
     logits_processor: Sequence[Processor] = field(default=())
 
     def __post_init__(self) -> None:
+        for name in ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name))
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                value = value.tolist()
+                object.__setattr__(self, name, value)
+            if value is not None and not (
+                isinstance(value, Sequence) and all(isinstance(i, int) and i >= 0 for i in value)
+            ):
+                raise ConfigurationError(f"{name}={value!r} must be a list of token ids.")
+        if self.prefix_allowed_tokens_fn is not None and not callable(self.prefix_allowed_tokens_fn):
+            raise ConfigurationError(
+                f"prefix_allowed_tokens_fn={self.prefix_allowed_tokens_fn!r} must be a function of (row, prefix)."
+            )
         for processor in self.logits_processor:
             names = {cls.__name__ for cls in type(processor).__mro__}
             if names.intersection(_STATEFUL):
@@ -130,11 +148,12 @@ class LawOptions:
             (
                 self.sequence_bias is not None,
                 bool(self.no_repeat_ngram_size),
-                any(len(word) > 1 for word in self.bad_words_ids or ()),
+                any(isinstance(word, Sequence) and len(word) != 1 for word in self.bad_words_ids or ()),
                 self.prefix_allowed_tokens_fn is not None,
                 self.forced_bos_token_id is not None,
                 self.forced_eos_token_id is not None,
                 bool(self.remove_invalid_values),
+                bool(self.renormalize_logits),
                 self.exponential_decay_length_penalty is not None,
                 bool(self.logits_processor),
             )
@@ -142,13 +161,14 @@ class LawOptions:
 
     @property
     def has_python_warpers(self) -> bool:
-        """Whether a filter is asked for that the vectorised warp does not have."""
+        """Whether a filter is asked for that the vectorised warp does not have, or a step that comes after it."""
         return self.sampling.do_sample and any(
             (
                 self.typical_p is not None and self.typical_p < 1,
                 bool(self.epsilon_cutoff),
                 bool(self.eta_cutoff),
                 self.top_h is not None,
+                bool(self.renormalize_logits),
             )
         )
 
@@ -175,7 +195,7 @@ def row_law(
         device: of the logits.
 
     Raises:
-        ValueError: Transformers' own, for an option's unusable value.
+        ConfigurationError: for an option's unusable value.
     """
     processors = configured_processors(
         options,
@@ -188,12 +208,31 @@ def row_law(
     )
     if not options.needs_python:  # they were built all the same, so that Transformers has checked their values
         return RowLaw(options.sampling, bans=_bans(options, min_new_tokens, eos_token_ids))
-    processors += options.logits_processor
+    processors = _merged(processors, options.logits_processor)
     sampling = replace(options.sampling, repetition_penalty=None)
     if options.has_python_warpers:
         processors += configured_warpers(options)
         sampling = replace(sampling, temperature=1.0, top_k=None, top_p=None, min_p=None)
-    return RowLaw(sampling, tuple(processors))
+    elif options.renormalize_logits:
+        processors.append(LogitNormalization())
+    return RowLaw(sampling, tuple(processors), removes_invalid=bool(options.remove_invalid_values))
+
+
+def _merged(own: list[Processor], custom: Sequence[Processor]) -> list[Processor]:
+    """As in Transformers: a caller's processor takes the place of one of exactly its type, the others come last."""
+    first: dict[type, Processor] = {}
+    for processor in custom:
+        first.setdefault(type(processor), processor)
+    merged = [first.get(type(processor), processor) for processor in own]
+    return merged + [processor for processor in custom if not any(processor is other for other in merged)]
+
+
+def _make(name: str, value: Any, make: Callable[..., Processor], *further: Any) -> Processor:
+    """One of Transformers' processors; its complaints name the option."""
+    try:
+        return make(value, *further)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"{name}={value!r} is not usable: {error}") from error
 
 
 def configured_processors(
@@ -211,33 +250,37 @@ def configured_processors(
     penalty = options.sampling.repetition_penalty
     processors: list[Processor] = []
     if options.sequence_bias is not None:
-        processors.append(SequenceBiasLogitsProcessor(options.sequence_bias))
+        processors.append(_make("sequence_bias", options.sequence_bias, SequenceBiasLogitsProcessor))
     if penalty is not None and penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
     if options.no_repeat_ngram_size:
-        processors.append(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size))
+        processors.append(_make("no_repeat_ngram_size", options.no_repeat_ngram_size, NoRepeatNGramLogitsProcessor))
     if options.bad_words_ids is not None:
-        processors.append(NoBadWordsLogitsProcessor(options.bad_words_ids, eos))
+        processors.append(_make("bad_words_ids", options.bad_words_ids, NoBadWordsLogitsProcessor, eos))
     if min_new_tokens > 0 and eos is not None:
         processors.append(MinNewTokensLengthLogitsProcessor(prompt_length, min_new_tokens, eos, device=str(device)))
     if options.prefix_allowed_tokens_fn is not None:
         allowed = options.prefix_allowed_tokens_fn
         processors.append(PrefixConstrainedLogitsProcessor(lambda _, prefix: allowed(row_index, prefix), 1))
     if options.forced_bos_token_id is not None:
-        processors.append(ForcedBOSTokenLogitsProcessor(options.forced_bos_token_id))
+        bos = check_integer("forced_bos_token_id", options.forced_bos_token_id, 0, "give a token id")
+        processors.append(ForcedBOSTokenLogitsProcessor(bos))
     if options.forced_eos_token_id is not None:
-        length = prompt_length + max_new_tokens
-        processors.append(ForcedEOSTokenLogitsProcessor(length, options.forced_eos_token_id, device=str(device)))
+        forced_eos = partial(ForcedEOSTokenLogitsProcessor, prompt_length + max_new_tokens, device=str(device))
+        processors.append(_make("forced_eos_token_id", options.forced_eos_token_id, forced_eos))
     if options.remove_invalid_values:
         processors.append(InfNanRemoveLogitsProcessor())
     if options.exponential_decay_length_penalty is not None and eos is not None:
         decay = options.exponential_decay_length_penalty
-        processors.append(ExponentialDecayLengthPenalty(decay, eos, prompt_length))
+        further = (eos, prompt_length)
+        processors.append(_make("exponential_decay_length_penalty", decay, ExponentialDecayLengthPenalty, *further))
     if options.suppress_tokens is not None:
         processors.append(SuppressTokensLogitsProcessor(options.suppress_tokens, device=str(device)))
     if options.begin_suppress_tokens is not None:
-        begin = SuppressTokensAtBeginLogitsProcessor(options.begin_suppress_tokens, prompt_length, device=str(device))
-        processors.append(begin)
+        begin = prompt_length + (prompt_length == 1 and options.forced_bos_token_id is not None)
+        processors.append(
+            SuppressTokensAtBeginLogitsProcessor(options.begin_suppress_tokens, begin, device=str(device))
+        )
     return processors
 
 
@@ -261,7 +304,7 @@ def configured_warpers(options: LawOptions) -> list[Processor]:
     if sampling.temperature is not None and sampling.temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if options.top_h is not None:
-        warpers.append(TopHLogitsWarper(options.top_h))
+        warpers.append(_make("top_h", options.top_h, TopHLogitsWarper))
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p is not None and sampling.top_p < 1:
@@ -269,11 +312,11 @@ def configured_warpers(options: LawOptions) -> list[Processor]:
     if sampling.min_p is not None:
         warpers.append(MinPLogitsWarper(sampling.min_p))
     if options.typical_p is not None and options.typical_p < 1:
-        warpers.append(TypicalLogitsWarper(options.typical_p))
+        warpers.append(_make("typical_p", options.typical_p, TypicalLogitsWarper))
     if options.epsilon_cutoff:
-        warpers.append(EpsilonLogitsWarper(options.epsilon_cutoff))
+        warpers.append(_make("epsilon_cutoff", options.epsilon_cutoff, EpsilonLogitsWarper))
     if options.eta_cutoff:
-        warpers.append(EtaLogitsWarper(options.eta_cutoff))
+        warpers.append(_make("eta_cutoff", options.eta_cutoff, EtaLogitsWarper))
     if options.renormalize_logits:
         warpers.append(LogitNormalization())
     return warpers

@@ -205,6 +205,11 @@ class DecodeState:
         packed = pack_allowed_tokens(allowed)
         return packed if self.allowed is None else packed & self.allowed
 
+    @property
+    def shared_ids(self) -> Tensor | None:
+        """int32 [1, 1, ceil(V / 32)], valid ids where the logits are, or None where all are."""
+        return None if self.allowed is None else self.allowed.to(self.device)
+
     def warp(self, window: int) -> WarpParameters:
         """The rows' warp for a window of W positions."""
         assert self._warp is not None, "there are no rows"
@@ -218,8 +223,11 @@ class DecodeState:
     def process(self, logits: Tensor, drafts: Tensor, first: int) -> Tensor:
         """Run the rows' processors.
 
+        Left alone are positions that hold NaN, unless the row removes invalid values, and those behind an end token or
+        a row's budget: their law is not read, and processors of a caller need not know such prefixes.
+
         Args:
-            logits: [B, k, V] at window positions first .. first + k - 1; positions that hold NaN are left alone.
+            logits: [B, k, V] at window positions first .. first + k - 1.
             drafts: int64 [B, >= first + k - 1].
             first: window position of the first column.
 
@@ -233,7 +241,9 @@ class DecodeState:
             if not row.law.processors:
                 continue
             for k in range(logits.shape[1]):
-                if not bool(logits[i, k].isnan().any()):
+                if first + k >= row.remaining or not row.eos_token_ids.isdisjoint(tokens[: first + k]):
+                    break
+                if row.law.removes_invalid or not bool(logits[i, k].isnan().any()):
                     prefix = row.prefix(tokens[: first + k]).to(logits.device)
                     processed[i, k] = row.law.process(prefix, logits[i, k])
         return processed

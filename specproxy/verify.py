@@ -63,8 +63,9 @@ class WindowLogits:
             return
         here = slice(first, last)
         pairs = [pair_at(pair, here) for pair in self.pairs()]
-        combined, bad = combine_logits(self.base[:, here], pairs, state.vocab_size)
-        combined = combined.masked_fill(bad[..., None], torch.nan)
+        combined, bad = combine_logits(self.base[:, here], pairs, state.vocab_size, state.shared_ids)
+        repairs = torch.tensor([row.law.removes_invalid for row in state.rows], device=combined.device)
+        combined = combined.masked_fill((bad & ~repairs[:, None])[..., None], torch.nan)
         processed = state.process(combined, drafts, first)
         position = torch.arange(first, last, device=drafts.device).expand(len(state), -1)
         scores = warp_law(processed, state.warp(self.window), drafts, position).kept()

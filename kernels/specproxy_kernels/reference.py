@@ -207,8 +207,8 @@ def combine_logits(
         base: [B, W, V_base], floating; any strides, V_base >= vocab_size.
         pairs: expert and anti-expert logits with their strengths.
         vocab_size: V; wider logits are cut.
-        allowed: int32 words [B or 1, W or 1, ceil(V / 32)] as in `WarpParameters`; other tokens become -inf. The
-            decode loop leaves it to the warp, which masks drafts alike.
+        allowed: int32 words [B or 1, W or 1, ceil(V / 32)] as in `WarpParameters`; other tokens become -inf. Where
+            Python sees no logits, the decode loop leaves it to the warp, which masks drafts alike.
 
     Returns:
         s: [B, W, V] in promote(float32, inputs); -inf where the base or an expert is -inf.

@@ -41,7 +41,7 @@ def draft_with_expert(state: DecodeState, runners: TrioRunners, noise: NoiseStre
         raw.append(runners.expert.forward(token, offset=i).to(state.device))
         logits = raw[-1]
         if state.has_processors:
-            logits = combine_logits(logits, [], state.vocab_size)[0]
+            logits = combine_logits(logits, [], state.vocab_size, state.shared_ids)[0]
             logits = state.process(logits, drafts, first=i)
         position = torch.full((batch, 1), i, dtype=torch.long, device=state.device)
         step_noise = None if gumbel is None else gumbel[:, i : i + 1]

@@ -145,7 +145,7 @@ def _own_processors(
         options.law,
         row_index=0,
         prompt_length=prompt_length,
-        min_new_tokens=options.min_new_tokens,
+        min_new_tokens=options.min_new_tokens or 0,
         max_new_tokens=options.budget(prompt_length)[1],
         eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or []),
         device=torch.device("cpu"),
