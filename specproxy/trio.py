@@ -51,9 +51,9 @@ class TrioRunners:
     def room(self, count: int) -> int:
         """Positions that every active row of every role may still take, after its committed ones."""
         rooms = [
-            limit - max(runner.cache.host_lengths[:count])
+            runner.max_positions - max(runner.cache.host_lengths[:count])
             for runner in self
-            if (limit := position_limit(runner.model)) is not None
+            if runner.max_positions is not None
         ]
         return min(rooms, default=2**31)
 
