@@ -23,7 +23,7 @@ setup(
     # the library of that name which Transformers looks for.
     packages=[*find_packages(include=["specproxy", "specproxy.*"]), "specproxy_kernels"],
     package_dir={"specproxy_kernels": "kernels/specproxy_kernels"},
-    package_data={"specproxy": ["py.typed", "models/**"], "specproxy_kernels": ["py.typed"]},
+    package_data={"specproxy": ["py.typed", "models/**", "integrations/hub/custom_generate/generate.py"], "specproxy_kernels": ["py.typed"]},
     include_package_data=False,
     install_requires=[
         "torch>=2.11",
@@ -31,7 +31,7 @@ setup(
         "accelerate>=1.1",  # Transformers needs it for device_map
         "numpy",
         "safetensors",
-        "tqdm",
+        "jinja2>=3.1",  # Transformers needs it for chat templates
         "typer>=0.29",
         "rich>=13",
     ],

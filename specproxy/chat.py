@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from specproxy.errors import ConfigurationError, PromptError
 from specproxy.generate import GenerateOutput
 
@@ -68,7 +70,7 @@ def render_prompt(
         name: of the argument, for messages.
 
     Raises:
-        ConfigurationError: "chat" without a template.
+        ConfigurationError: "chat" without a template, or a template that cannot be rendered.
     """
     if callable(template):
         return template(messages), False
@@ -79,6 +81,11 @@ def render_prompt(
         return "\n\n".join(message["content"] for message in messages), True
     if template == "chat" and not has_template:
         raise ConfigurationError(f'{name}="chat", but the tokenizer has no chat template; pass "raw" or a template.')
+    if template != "chat" and "{{" not in template:
+        raise ConfigurationError(f'{name}={template!r} prints no message; pass "chat", "raw" or a Jinja template.')
     own = {} if template == "chat" else {"chat_template": template}
-    prompt: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **own)
+    try:
+        prompt: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **own)
+    except TemplateError as error:
+        raise ConfigurationError(f"{name} cannot be rendered: {error}") from error
     return prompt, False

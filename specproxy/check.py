@@ -36,7 +36,7 @@ class ModelFacts:
         architecture: class name.
         num_parameters: all of them, shared ones once.
         weight_bytes: per dtype.
-        kv_bytes_per_token: of the cache in a 2-byte dtype.
+        kv_bytes_per_token: of the cache in a 2-byte dtype; 0 without attention.
         vocab_width: of its logits.
         max_positions: or None.
         has_tokenizer: whether one was found beside it.
@@ -102,9 +102,17 @@ class SelfTest:
         """Whether every token was the same."""
         return self.tokens_equal == self.tokens_compared and self.coupled_equal == self.coupled_compared
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self) | {"is_lossless": self.is_lossless}
 
-def check_folders(base: str, expert: str, anti_expert: str) -> CheckReport:
+
+def check_folders(base: str, expert: str, anti_expert: str, tokenizer: str | None = None) -> CheckReport:
     """Read configurations and tokenizers of three folders or hub ids.
+
+    Args:
+        base, expert, anti_expert: folders or hub ids.
+        tokenizer: of the base, where it lies elsewhere.
 
     Raises:
         OSError: Transformers' own, for a configuration that cannot be read.
@@ -113,17 +121,15 @@ def check_folders(base: str, expert: str, anti_expert: str) -> CheckReport:
     widths: dict[str, int] = {}
     tokenizers: dict[str, Any] = {}
     for role, name in ((BASE, base), (EXPERT, expert), (ANTI_EXPERT, anti_expert)):
-        config = AutoConfig.from_pretrained(name)
-        tokenizers[role] = _tokenizer(name)
+        tokenizers[role] = _tokenizer(tokenizer if role == BASE and tokenizer is not None else name)
         try:
+            config = AutoConfig.from_pretrained(name)
             if getattr(config, "is_encoder_decoder", False):
-                raise UnsupportedModelError(
-                    f"{role}: {config.model_type} is an encoder-decoder; use a decoder-only model."
-                )
+                raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder; use a decoder-only model.")
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
-        except ValueError as error:
-            report.problems.append(str(error).splitlines()[0])
+        except ValueError as error:  # also Transformers' own, for an architecture that it does not know
+            report.problems.append(f"{role}: {str(error).splitlines()[0]}")
             continue
         widths[role] = logits_width(model)
         report.models[role] = _facts(model, tokenizers[role] is not None)
@@ -137,7 +143,7 @@ def check_folders(base: str, expert: str, anti_expert: str) -> CheckReport:
         except SpecProxyError as error:
             report.problems.append(str(error))
         _expect(report)
-    if all(tokenizer is None for tokenizer in tokenizers.values()):
+    if all(found is None for found in tokenizers.values()):
         report.notes.append("no tokenizer was found: ids below the smallest width are taken to be shared.")
     return report
 
@@ -171,8 +177,10 @@ def _tokenizer(name: str) -> Any:
 def _facts(model: Any, has_tokenizer: bool) -> ModelFacts:
     text = model.config.get_text_config(decoder=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # A model without attention has no cache that grows.
+    attention_heads = getattr(text, "num_attention_heads", None) or 0
+    heads = getattr(text, "num_key_value_heads", None) or attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // max(attention_heads, 1)
     return ModelFacts(
         architecture=type(model).__name__,
         num_parameters=parameters,

@@ -380,6 +380,7 @@ class ProxyTunedModel:
             tokenizer = self.expert_tokenizer if prefix == "expert_" else self.tokenizer
             encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=adds_special_tokens)
             arguments[f"{prefix}input_ids"] = encoded.input_ids.to(self.device)
+            arguments[f"{prefix}attention_mask"] = torch.ones_like(arguments[f"{prefix}input_ids"])
         arguments["return_dict_in_generate"] = True
         output = self.generate(max_new_tokens=max_new_tokens, **arguments)
         assert isinstance(output, GenerateOutput)

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specproxy import cli, demo
-from specproxy.cli_report import Comparison, print_report, split_tokens
+from specproxy.commands import generate as command
+from specproxy.commands.report import Comparison, print_report, split_tokens
 from specproxy.model import ProxyTunedModel
 from specproxy.stats import SpeculationStats
 from specproxy.version import __version__
@@ -208,7 +209,10 @@ def test_stream_with_stats(run: Run, seen: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "kwargs"),
     [
-        ((), {"do_sample": False, "num_draft_tokens": 4, "acceptance": "rejection", "alpha": None}),
+        (
+            (),
+            {"do_sample": False, "num_draft_tokens": 4, "acceptance": "rejection", "alpha": None, "stop_strings": None},
+        ),
         (("--num-draft-tokens", "2"), {"num_draft_tokens": 2}),
         (("--num-draft-tokens", "auto"), {"num_draft_tokens": "auto"}),
         (("--acceptance", "block"), {"acceptance": "block"}),
@@ -220,6 +224,9 @@ def test_stream_with_stats(run: Run, seen: list[dict[str, Any]]) -> None:
         (("--do-sample", "--top-k", "0", "--top-p", "0.9", "--min-p", "0.1"), {"top_k": 0, "top_p": 0.9, "min_p": 0.1}),
         (("--greedy", "--top-k", "5"), {"do_sample": False, "top_k": 5}),
         (("--repetition-penalty", "1.3"), {"do_sample": False, "repetition_penalty": 1.3}),
+        (("--no-repeat-ngram-size", "2"), {"no_repeat_ngram_size": 2}),
+        (("--min-new-tokens", "4"), {"min_new_tokens": 4}),
+        (("--stop", "x", "--stop", "yz"), {"stop_strings": ["x", "yz"]}),
     ],
 )
 def test_options_reach_generate(
@@ -284,6 +291,8 @@ TRIO = ("--base", "b", "--expert", "e", "--anti-expert", "a")
         (("generate", "--max-new-tokens", "0"), "max_new_tokens=0"),
         (("generate", "--max-new-tokens", "400"), "exceeds its 256 positions"),
         (("generate", "--alpha", "nan"), "alpha=nan"),
+        (("generate", "--min-new-tokens", "129"), "min_new_tokens=129 exceeds max_new_tokens=128"),
+        (("generate", "--stop", ""), "stop_strings=['']"),
         (("generate", "--device", "abacus"), "--device=abacus cannot be used"),
         (("generate", ""), "the prompt is empty"),
         (("generate", "-"), "the prompt is empty"),
@@ -360,13 +369,13 @@ def test_stats_show_everything(run: Run) -> None:
 def test_stats_time_pairs_after_a_warm_up(run: Run, seen: list[dict[str, Any]]) -> None:
     run(*SHORT, "Hello", "--stats", "--num-draft-tokens", "3")
     counts = [call["num_draft_tokens"] for call in seen[1:]]
-    assert len(counts) == 2 * (cli.REPEATS + 1)
+    assert len(counts) == 2 * (command.REPEATS + 1)
     pairs = [tuple(counts[i : i + 2]) for i in range(0, len(counts), 2)]
     assert set(pairs) == {(0, 3), (3, 0)}  # the order alternates
 
 
 def test_stats_do_not_time_for_long(run: Run, seen: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "TIME_LIMIT", 0.0)
+    monkeypatch.setattr(command, "TIME_LIMIT", 0.0)
     code, out, _ = run(*SHORT, "Hello", "--stats")
     assert code == 0 and "median ratio, 1 pairs timed" in out and len(seen) == 5
 
