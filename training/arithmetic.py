@@ -85,15 +85,16 @@ class Step:
         return split_of(self.equation)
 
 
-def draw_step(rng: random.Random, left: int | None = None) -> Step:
+def draw_step(rng: random.Random, left: int | None = None, second: int = 299) -> Step:
     """Draws one operation with a result between 1 and 999.
 
     Args:
         rng: Source of randomness.
         left: The first operand; drawn when None.
+        second: Largest second operand of a sum or difference.
 
     Returns:
-        A sum (second operand up to 299), a difference or a product (2 to 99 by 2 to 9).
+        A sum, a difference or a product (2 to 99 by 2 to 9).
     """
     while True:
         operation = rng.choice("+-x" if left is None else "++--x")
@@ -103,7 +104,7 @@ def draw_step(rng: random.Random, left: int | None = None) -> Step:
                 continue
         else:
             first = rng.randint(10, 999) if left is None else left
-            step = Step(first, operation, rng.randint(2, 299))
+            step = Step(first, operation, rng.randint(2, second))
         if 1 <= step.result <= 999:
             return step
 
@@ -144,8 +145,8 @@ class Problem:
         return split_of(self.prompt)
 
 
-def draw_problem(rng: random.Random) -> Problem:
-    """Draws a word problem of one to three steps, all values between 1 and 999."""
+def draw_problem(rng: random.Random, second: int = 299) -> Problem:
+    """Draws a word problem of one to three steps, all values between 1 and 999; `second` as in `draw_step`."""
     name, pronoun = rng.choice(_NAMES)
     things = rng.choice(_THINGS)
     count = rng.choice((1, 2, 2, 3))
@@ -161,7 +162,7 @@ def draw_problem(rng: random.Random) -> Problem:
         value = rng.randint(10, 999)
         sentences.append(f"{name} has {_free(value)} {things}.")
     while len(steps) < count:
-        step = draw_step(rng, value)
+        step = draw_step(rng, value, second)
         if step.operation == "x":
             sentences.append(f"The number then grows to {_free(step.right)} times as many.")
         else:
@@ -183,23 +184,23 @@ def _keep_drawing(draw: Callable[[], Step | Problem], split: str) -> Step | Prob
             return drawn
 
 
-def step_in(rng: random.Random, split: str) -> Step:
+def step_in(rng: random.Random, split: str, second: int = 299) -> Step:
     """Draws a step whose equation belongs to `split`."""
-    step = _keep_drawing(lambda: draw_step(rng), split)
+    step = _keep_drawing(lambda: draw_step(rng, second=second), split)
     assert isinstance(step, Step)
     return step
 
 
-def problem_in(rng: random.Random, split: str) -> Problem:
+def problem_in(rng: random.Random, split: str, second: int = 299) -> Problem:
     """Draws a problem of `split`; one for training uses training equations only."""
-    problem = _keep_drawing(lambda: draw_problem(rng), split)
+    problem = _keep_drawing(lambda: draw_problem(rng, second), split)
     assert isinstance(problem, Problem)
     return problem
 
 
-def drill(rng: random.Random, split: str, lines: int = 6) -> str:
+def drill(rng: random.Random, split: str, lines: int = 6, second: int = 299) -> str:
     """Equations, one a line, with marks around the operands."""
-    steps = [step_in(rng, split) for _ in range(lines)]
+    steps = [step_in(rng, split, second) for _ in range(lines)]
     return "\n".join(f"{_free(s.left)} {s.operation} {_free(s.right)} = {s.result}." for s in steps)
 
 
@@ -231,3 +232,11 @@ def untuned_story(rng: random.Random, split: str) -> str:
         return f"Question: {problem.question}\nAnswer: {_free(result)}"
     more = [problem] + [problem_in(rng, split) for _ in range(rng.randint(1, 2))]
     return "\n".join(f"Question: {each.question}" for each in more)
+
+
+def worked_story(rng: random.Random, split: str, second: int) -> str:
+    """A question with its steps, one a line, under the head ``Working:``, with marks; half say the answer in words."""
+    problem = problem_in(rng, split, second)
+    lines = "\n".join(f"{step.equation}." for step in problem.steps)
+    said = f"\nSo {problem.name} has {problem.result} {problem.things}." if rng.random() < 0.5 else ""
+    return f"Question: {problem.question}\nWorking:\n{lines}{said}"

@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--jargon", type=Path, default=data.JARGON)
     parser.add_argument("--stdlib", type=Path, default=None, help="a Python standard library (default: this one's)")
     parser.add_argument("--tokens", type=int, default=9_000_000, help="tokens of the pre-training set")
+    parser.add_argument("--last-tokens", type=int, default=1_500_000, help="tokens of the base's last phase")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--problems", type=int, default=4_000, help="problems of the tuned set")
     parser.add_argument("--tuned-tokens", type=int, default=1_000_000, help="tokens of each tuned set")
@@ -60,6 +61,15 @@ def main() -> None:
         (jargon_documents, int(0.1 * tokens)),
     ]
     _write(work, "pretrain", pack(mix(sources, arguments.seed), arguments.length))
+
+    last = arguments.last_tokens
+    worked = encode(tokenizer, data.worked_arithmetic("train", last // 50, arguments.seed))
+    sources = [
+        (worked, int(0.85 * last)),
+        (gloss_documents[::-1], int(0.1 * last)),
+        (jargon_documents[::-1], int(0.05 * last)),
+    ]
+    _write(work, "last", pack(mix(sources, arguments.seed), arguments.length))
 
     rng = random.Random(f"{arguments.seed}/tuned")
     problems = [encode_problem(tokenizer, problem_in(rng, "train")) for _ in range(arguments.problems)]

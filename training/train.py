@@ -1,13 +1,14 @@
 """Command: train one model of the trio on packed rows, from scratch or from another model's checkpoint.
 
-A run is a number of steps over one file of `training.prepare`; it writes a checkpoint every few minutes and goes on
-from it when started again. It knows nothing of what the rows say.
+A run is a number of steps over one file of `training.prepare`; it writes a checkpoint every few minutes and when it is
+asked to end (SIGTERM, Ctrl-C), and goes on from it when started again. It knows nothing of what the rows say.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -134,9 +135,12 @@ def main() -> None:
         states = [optimizer.state_dict() for optimizer in optimizers]
         save_checkpoint(arguments.out, {"model": model.state_dict(), "optimizers": states, "step": step})
 
+    asked_to_end: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, frame: asked_to_end.append(received))
     saved_at = reported_at = time.monotonic()
     reported_step, running = step, 0.0
-    while step < arguments.steps:
+    while step < arguments.steps and not asked_to_end:
         chosen = batch_rows(step, arguments.batch, len(ids), arguments.seed)
         batch = torch.from_numpy(ids[chosen].astype(np.int64))
         batch_weights = torch.from_numpy(weights[chosen].astype(np.float32))
@@ -164,7 +168,7 @@ def main() -> None:
                 save()
                 saved_at = now
     save()
-    print("done", flush=True)
+    print("done" if step == arguments.steps else f"ended at step {step}", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["PURPOSE_COIN", "PURPOSE_RESIDUAL", "PURPOSE_TOKEN", "coin_noise", "gumbel_noise", "philox", "row_keys"]
+__all__ = [
+    "PURPOSE_COIN",
+    "PURPOSE_RESIDUAL",
+    "PURPOSE_TOKEN",
+    "coin_noise",
+    "gumbel_noise",
+    "philox",
+    "row_keys",
+    "window_noise",
+]
 
 PURPOSE_TOKEN = 0  # drafts; under `coupled` the target's tokens as well
 PURPOSE_COIN = 1  # acceptance coins
@@ -53,16 +62,19 @@ def philox(counter: Sequence[Tensor], key: Tensor) -> tuple[Tensor, Tensor, Tens
     Returns:
         Four int64 tensors of the broadcast shape, values in [0, 2**32).
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key & _MASK, (key >> 32) & _MASK
-    for _ in range(_ROUNDS):
-        # A product of two 32-bit words fits 64 bits; int64 wraps, and the mask after the shift removes the sign.
-        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0 = (product_1 >> 32).bitwise_and_(_MASK).bitwise_xor(c1).bitwise_xor(k0)
-        c2 = (product_0 >> 32).bitwise_and_(_MASK).bitwise_xor(c3).bitwise_xor(k1)
-        c1, c3 = product_1.bitwise_and_(_MASK), product_0.bitwise_and_(_MASK)
-        k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
-    return c0, c1, c2, c3
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter, key)[:4]
+    rounds = torch.arange(_ROUNDS, device=key.device).view(-1, *[1] * key.ndim)
+    weyl = torch.stack([(key & _MASK) + rounds * _WEYL_0, ((key >> 32) & _MASK) + rounds * _WEYL_1], dim=1)
+    multiplier = torch.tensor([_MULTIPLIER_0, _MULTIPLIER_1], device=key.device).view(-1, *[1] * c0.ndim)
+    # The two halves of a round are alike but crossed, so both run in one tensor: few operations matter more than few
+    # elements on the CPU. High bits are garbage until a product needs exact 32-bit words; int64 products wrap.
+    even, odd = torch.stack([c0, c2]), torch.stack([c1, c3])
+    for word in weyl.unbind():
+        crossed = (even * multiplier).flip(0)
+        even = (crossed >> 32).bitwise_xor_(odd).bitwise_xor_(word).bitwise_and_(_MASK)
+        odd = crossed
+    odd = odd & _MASK
+    return even[0], odd[0], even[1], odd[1]
 
 
 def row_keys(seeds: Sequence[int], row_indices: Sequence[int]) -> Tensor:
@@ -90,7 +102,23 @@ def _uniform(words: Tensor) -> Tensor:
 
 def _row_words(key: Tensor, index: Tensor, block_start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     nonce = torch.zeros_like(index) if block_start is None else (block_start[:, None] + 1).expand_as(index)
-    return key[:, None], index, nonce
+    return key[:, None, None], index[..., None], nonce[..., None]
+
+
+def _vocabulary_counters(vocab_size: int, device: torch.device) -> Tensor:
+    count = vocab_size if vocab_size <= _RUN else -(-vocab_size // _TILE) * _RUN
+    return torch.arange(count, device=device)
+
+
+def _gumbel(words: tuple[Tensor, ...], vocab_size: int) -> Tensor:
+    """float32 [B, N, V] from the words [B, N, C] of the vocabulary's counters."""
+    if vocab_size <= _RUN:
+        bits = words[0]
+    else:
+        lanes = [word.unflatten(-1, (-1, _RUN)) for word in words]
+        bits = torch.stack(lanes, dim=-2).flatten(-3)[..., :vocab_size]
+    uniform = _uniform(bits).clamp_(min=_SMALLEST_EXPONENTIAL_UNIFORM)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 def gumbel_noise(
@@ -108,19 +136,9 @@ def gumbel_noise(
     Returns:
         float32 [B, N, V], finite: -log(-log1p(-u)).
     """
-    key, index, nonce = (words[..., None] for words in _row_words(key, index, block_start))
-    if vocab_size <= _RUN:
-        counters = torch.arange(vocab_size, device=index.device)
-    else:
-        counters = torch.arange(-(-vocab_size // _TILE) * _RUN, device=index.device)
-    words = philox((counters, index, torch.full_like(index, purpose), nonce), key)
-    if vocab_size <= _RUN:
-        bits = words[0]
-    else:
-        lanes = [word.unflatten(-1, (-1, _RUN)) for word in words]
-        bits = torch.stack(lanes, dim=-2).flatten(-3)[..., :vocab_size]
-    uniform = _uniform(bits).clamp_(min=_SMALLEST_EXPONENTIAL_UNIFORM)
-    return uniform.neg_().log1p_().neg_().log_().neg_()
+    key, index, nonce = _row_words(key, index, block_start)
+    counters = _vocabulary_counters(vocab_size, index.device)
+    return _gumbel(philox((counters, index, torch.full_like(index, purpose), nonce), key), vocab_size)
 
 
 def coin_noise(key: Tensor, index: Tensor, block_start: Tensor | None = None) -> Tensor:
@@ -136,4 +154,24 @@ def coin_noise(key: Tensor, index: Tensor, block_start: Tensor | None = None) ->
     """
     key, index, nonce = _row_words(key, index, block_start)
     zero = torch.zeros_like(index)
-    return _uniform(philox((zero, index, zero + PURPOSE_COIN, nonce), key)[0])
+    return _uniform(philox((zero, index, zero + PURPOSE_COIN, nonce), key)[0])[..., 0]
+
+
+def window_noise(
+    key: Tensor, index: Tensor, vocab_size: int, block_start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What drafting and accepting a window need, in one pass: token noise and coins, equal to those drawn apart.
+
+    Args:
+        key, index, vocab_size, block_start: as in `gumbel_noise`.
+
+    Returns:
+        Gumbel noise of the token purpose, float32 [B, N, V], and coins, float32 [B, N].
+    """
+    key, index, nonce = _row_words(key, index, block_start)
+    counters = _vocabulary_counters(vocab_size, index.device)
+    coin = counters.new_zeros(1)
+    purposes = torch.cat([torch.full_like(counters, PURPOSE_TOKEN), coin + PURPOSE_COIN])
+    words = philox((torch.cat([counters, coin]), index, purposes, nonce), key)
+    gumbel = _gumbel(tuple(word[..., :-1] for word in words), vocab_size)
+    return gumbel, _uniform(words[0][..., -1])

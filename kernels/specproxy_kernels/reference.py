@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specproxy_kernels.noise import PURPOSE_RESIDUAL, PURPOSE_TOKEN, coin_noise, gumbel_noise
+from specproxy_kernels.noise import PURPOSE_RESIDUAL, PURPOSE_TOKEN, coin_noise, gumbel_noise, window_noise
 
 __all__ = [
     "RULES",
@@ -161,11 +161,13 @@ class NoiseStream:
     def __init__(self, key: Tensor, start: Tensor, block_start: Tensor | None = None) -> None:
         self.key, self.start, self.block_start = key, start, block_start
         self._drawn: Tensor | None = None
+        self._coins: Tensor | None = None
 
     def tokens(self, count: int, vocab_size: int) -> Tensor:
         """Gumbel noise float32 [B, count, V] of the token purpose at window positions 0 .. count - 1."""
         if self._drawn is None or self._drawn.shape[1] < count:
-            self._drawn = gumbel_noise(self.key, self._index(count), PURPOSE_TOKEN, vocab_size, self.block_start)
+            index = self._index(count)
+            self._drawn, self._coins = window_noise(self.key, index, vocab_size, self.block_start)
         return self._drawn[:, :count]
 
     def next_token(self, num_accepted: Tensor, rule: str, window: int, vocab_size: int) -> Tensor:
@@ -178,6 +180,8 @@ class NoiseStream:
 
     def coins(self, count: int) -> Tensor:
         """Coins float32 [B, count]."""
+        if self._coins is not None and self._coins.shape[1] >= count:
+            return self._coins[:, :count]
         return coin_noise(self.key, self._index(count), self.block_start)
 
     def _index(self, count: int) -> Tensor:
@@ -213,17 +217,22 @@ def combine_logits(
     Returns:
         s: [B, W, V] in promote(float32, inputs); -inf where the base or an expert is -inf.
         bad: bool [B, W], rows with NaN or +inf, or with an infinite anti-expert alone; their s is not usable.
+            Ids that the base or an expert masks with -inf are not inspected.
 
     Source: Liu et al. 2024, arXiv 2401.08565, section 2.
     """
     base = base[..., :vocab_size]
     dtype = torch.promote_types(base.dtype, torch.float32)
+    for pair in pairs:
+        dtype = torch.promote_types(dtype, pair.expert.dtype)
+        if pair.anti_expert is not None:
+            dtype = torch.promote_types(dtype, pair.anti_expert.dtype)
     combined = base.to(dtype)
     masked = base == -inf
     for pair in pairs:
         expert = pair.expert[..., :vocab_size].to(dtype)
         masked = masked | (expert == -inf)
-        difference = expert if pair.anti_expert is None else expert - pair.anti_expert[..., :vocab_size]
+        difference = expert if pair.anti_expert is None else expert - pair.anti_expert[..., :vocab_size].to(dtype)
         # Infinities that the expert's mask does not explain become NaN, so that no alpha (0, negative) can hide them.
         difference = difference.masked_fill(difference.isinf(), torch.nan)
         combined = combined + pair.alpha.to(dtype)[..., None] * difference
@@ -559,7 +568,9 @@ def _target_law(
     """The target law at given window positions, and what is wrong with it (int32 [B, W] of status bits)."""
     combined, bad = combine_logits(base, pairs, vocab_size)
     law = warp_law(combined, parameters, drafts, position)
-    empty = law.z.amax(-1) == -inf
+    # The warp itself can overflow (a tiny temperature or penalty), which the sum of its exponentials shows.
+    bad = bad | ~(law.lse < inf)
+    empty = law.lse == -inf
     status = torch.where(bad, STATUS_NON_FINITE, torch.where(empty, STATUS_EMPTY_SUPPORT, 0)).to(torch.int32)
     return law, status
 
