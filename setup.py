@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "kernels": ["triton>=3.6; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"],
+        "bench": ["matplotlib>=3.8"],  # charts of the benchmarks
         "test": TEST,
         "dev": [*TEST, "ruff>=0.15", "mypy>=1.18"],
     },

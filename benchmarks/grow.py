@@ -133,18 +133,18 @@ def grow(model: Any, shape: Shape | str, *, seed: int = 0) -> Any:
     return grown.eval()
 
 
-def grow_to_cost_ratio(base: Any, small: Any, ratio: float, *, seed: int = 0) -> Any:
-    """`base` grown, in its own proportions, until parameters(small) / parameters(base) is about `ratio`.
+def grow_to_cost_ratio(base: Any, small: Any, ratio: float, *, depth_only: bool = False, seed: int = 0) -> Any:
+    """`base` grown, in its own proportions or in depth alone, until small over base is about `ratio`.
 
     Counted are the parameters that a token reads, see `cost_parameters`.
 
     Raises:
         ValueError: where the ratio asks for a base smaller than it is.
     """
-    return grow(base, shape_for_cost_ratio(base, cost_parameters(small) / ratio), seed=seed)
+    return grow(base, shape_for_cost_ratio(base, cost_parameters(small) / ratio, depth_only), seed=seed)
 
 
-def shape_for_cost_ratio(base: Any, wanted: float) -> Shape:
+def shape_for_cost_ratio(base: Any, wanted: float, depth_only: bool = False) -> Shape:
     """The shape with about `wanted` parameters whose ratio of width to depth is nearest to that of `base`.
 
     Width, heads and feed-forward size grow together, by whole groups of heads.
@@ -152,6 +152,7 @@ def shape_for_cost_ratio(base: Any, wanted: float) -> Shape:
     Args:
         base: the model to grow.
         wanted: parameters that a token reads.
+        depth_only: keep the width and add layers.
 
     Raises:
         ValueError: where `base` has more of them.
@@ -164,7 +165,8 @@ def shape_for_cost_ratio(base: Any, wanted: float) -> Shape:
         )
     group = own.num_attention_heads // own.num_key_value_heads
     candidates: list[tuple[float, float, Shape]] = []
-    for groups in range(own.num_key_value_heads, 64 * own.num_key_value_heads + 1):
+    most = own.num_key_value_heads * (1 if depth_only else 64)
+    for groups in range(own.num_key_value_heads, most + 1):
         hidden, rest = divmod(own.hidden_size * groups, own.num_key_value_heads)
         if rest:
             continue
@@ -173,7 +175,7 @@ def shape_for_cost_ratio(base: Any, wanted: float) -> Shape:
         one, two = (_parameters_of(base, replace(shape, layers=layers)) for layers in (1, 2))
         layers = max(own.num_hidden_layers, round((wanted - one) / (two - one)) + 1)
         count = one + (layers - 1) * (two - one)
-        if count > 2 * wanted:
+        if candidates and count > 2 * wanted:
             break
         aspect = math.log(hidden / layers * own.num_hidden_layers / own.hidden_size)
         candidates.append((abs(count / wanted - 1), abs(aspect), replace(shape, layers=layers)))
