@@ -78,13 +78,14 @@ def _commit(
         tokens, sources = drafts[:num_accepted], [DRAFT] * num_accepted
         if not status & _ERRORS:
             tokens, sources = [*tokens, next_token], [*sources, TARGET]
+        drafted = state.num_drafts(row, draft.count)
         taken = row.append(tokens, sources)
         if status & _ERRORS and row.finish_reason is None:
             row.fail(_reason(row, window, slot, num_accepted, status))
         if state.records_logits:
             row.logits += list(window.combined[slot, :taken].float())
             row.scores += list(window.scores[slot, :taken].float())
-        stats.record(draft.count, num_accepted, taken)
+        stats.record(drafted, num_accepted, taken)
         stats.num_empty_residuals += bool(status & STATUS_EMPTY_RESIDUAL)
     _evict_finished(state, runners)
     return rows, accepted_counts

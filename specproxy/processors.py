@@ -125,6 +125,8 @@ class LawOptions:
                 isinstance(value, Sequence) and all(isinstance(i, int) and i >= 0 for i in value)
             ):
                 raise ConfigurationError(f"{name}={value!r} must be a list of token ids.")
+        if any(isinstance(word, Sequence) and len(word) == 0 for word in self.bad_words_ids or ()):
+            raise ConfigurationError(f"bad_words_ids={self.bad_words_ids!r} holds an empty word; give token ids.")
         if self.prefix_allowed_tokens_fn is not None and not callable(self.prefix_allowed_tokens_fn):
             raise ConfigurationError(
                 f"prefix_allowed_tokens_fn={self.prefix_allowed_tokens_fn!r} must be a function of (row, prefix)."
@@ -148,7 +150,7 @@ class LawOptions:
             (
                 self.sequence_bias is not None,
                 bool(self.no_repeat_ngram_size),
-                any(isinstance(word, Sequence) and len(word) != 1 for word in self.bad_words_ids or ()),
+                any(isinstance(word, Sequence) and len(word) > 1 for word in self.bad_words_ids or ()),
                 self.prefix_allowed_tokens_fn is not None,
                 self.forced_bos_token_id is not None,
                 self.forced_eos_token_id is not None,

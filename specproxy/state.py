@@ -248,6 +248,11 @@ class DecodeState:
                     processed[i, k] = row.law.process(prefix, logits[i, k])
         return processed
 
+    @staticmethod
+    def num_drafts(row: Row, count: int) -> int:
+        """Drafts of a row in a window of `count` of them: the last token of its budget is never one."""
+        return min(count, row.remaining - 1)
+
     def noise(self) -> NoiseStream:
         """The noise of the cycle that starts now."""
         return NoiseStream(self.key, self.start, self.start if self.rule == "block" else None)

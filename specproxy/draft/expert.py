@@ -27,7 +27,8 @@ def draft_with_expert(state: DecodeState, runners: TrioRunners, noise: NoiseStre
     batch = len(state)
     parameters = state.warp(count + 1)
     drafts = torch.empty(batch, 0, dtype=torch.long, device=state.device)
-    num_drafts = torch.full((batch,), count, dtype=torch.long, device=state.device)
+    # No row drafts past its own budget, so that its tokens do not depend on how long its neighbours go on.
+    num_drafts = torch.tensor([state.num_drafts(row, count) for row in state.rows], device=state.device)
     if count == 0:
         return Draft(drafts, num_drafts, None, None)
     gumbel = None
