@@ -12,11 +12,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from specproxy.errors import SpecProxyError, UnsupportedModelError
 from specproxy.generate import GenerateOutput
-from specproxy.model import ProxyTunedModel
+from specproxy.model import ProxyTunedModel, find_tokenizer
 from specproxy.runner import check_supported, logits_width, position_limit
 from specproxy.state import ANTI_EXPERT, BASE, EXPERT
 from specproxy.theory import best_num_draft_tokens, speedup_over_base, speedup_over_per_step
@@ -121,7 +121,7 @@ def check_folders(base: str, expert: str, anti_expert: str, tokenizer: str | Non
     widths: dict[str, int] = {}
     tokenizers: dict[str, Any] = {}
     for role, name in ((BASE, base), (EXPERT, expert), (ANTI_EXPERT, anti_expert)):
-        tokenizers[role] = _tokenizer(tokenizer if role == BASE and tokenizer is not None else name)
+        tokenizers[role] = find_tokenizer(tokenizer if role == BASE and tokenizer is not None else name)
         try:
             config = AutoConfig.from_pretrained(name)
             if getattr(config, "is_encoder_decoder", False):
@@ -165,13 +165,6 @@ def _expect(report: CheckReport) -> None:
                 "over_base": speedup_over_base(acceptance, ratio, count),
             }
         )
-
-
-def _tokenizer(name: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
-        return None
 
 
 def _facts(model: Any, has_tokenizer: bool) -> ModelFacts:

@@ -23,7 +23,7 @@ from specproxy.state import ANTI_EXPERT, BASE, EXPERT
 from specproxy.trio import Trio
 from specproxy_kernels import LogitPair, combine_logits
 
-__all__ = ["ProxyTunedModel"]
+__all__ = ["ProxyTunedModel", "find_tokenizer"]
 
 
 class ProxyTunedModel:
@@ -121,7 +121,7 @@ class ProxyTunedModel:
         shared = {name: value for name, value in shared.items() if value is not None}
         names = {BASE: base, EXPERT: expert, ANTI_EXPERT: anti_expert}
         own = {BASE: base_kwargs, EXPERT: expert_kwargs, ANTI_EXPERT: anti_expert_kwargs}
-        tokenizers = {role: _find_tokenizer(name) for role, name in names.items()}
+        tokenizers = {role: find_tokenizer(name) for role, name in names.items()}
         if tokenizer is not None:
             tokenizers[BASE] = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
         models = {}
@@ -389,9 +389,17 @@ class ProxyTunedModel:
         return ChatReply(text, [*conversation, {"role": "assistant", "content": text}], output)
 
 
-def _find_tokenizer(name: str) -> Any:
-    """The tokenizer beside a model, or None where there is none."""
+def find_tokenizer(name: str) -> Any:
+    """The tokenizer beside a model, or None where there is none.
+
+    For some architectures Transformers makes one of special tokens alone where it finds no file; that is none.
+
+    Args:
+        name: a folder or hub id.
+    """
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError):
         return None
+    ordinary = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+    return tokenizer if ordinary else None

@@ -6,6 +6,7 @@ Transformers resolves its arguments before it calls us, and hands over less than
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -92,9 +93,8 @@ def custom_generate(
             proxy = proxies[id(model)] = ProxyTunedModel(model, expert, anti_expert, tokenizer, pair_alpha)
         custom, allowed = _own_processors(logits_processor, generation_config, input_ids.shape[1])
         criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
-        config = GenerationConfig.from_dict(
-            {**generation_config.to_dict(), "max_time": None, "num_return_sequences": 1, "max_new_tokens": None}
-        )
+        # Transformers has made criteria and copies of rows of these already.
+        config = _changed(generation_config, max_time=None, num_return_sequences=1, max_new_tokens=None)
         config.eos_token_id, config.pad_token_id = _resolved_ids(generation_config)
         output = proxy.generate(
             input_ids,
@@ -139,7 +139,7 @@ def _own_processors(
     What Transformers made from its configuration is made anew here, row by row; it is told from the caller's own
     objects by type and parameters.
     """
-    options = parse_options({}, _plain(config), 0, "rejection", None)
+    options = parse_options({}, _changed(config, num_return_sequences=1, stop_strings=None), 0, "rejection", None)
     eos, _ = _resolved_ids(config)
     expected = configured_processors(
         options.law,
@@ -167,8 +167,12 @@ def _own_processors(
     return own, allowed
 
 
-def _plain(config: GenerationConfig) -> GenerationConfig:
-    return GenerationConfig.from_dict({**config.to_dict(), "num_return_sequences": 1, "stop_strings": None})
+def _changed(config: GenerationConfig, **changes: Any) -> GenerationConfig:
+    """A copy; not through dictionaries, since Transformers has put tensors into its configuration."""
+    changed = copy.copy(config)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
 
 
 def _alike(a: Any, b: Any) -> bool:
