@@ -297,7 +297,7 @@ def _alphas(
     values = alpha.tolist() if isinstance(alpha, Tensor) else alpha
     if values is None:
         return [defaults] * batch
-    if not isinstance(values, Sequence):
+    if not isinstance(values, Sequence) or isinstance(values, str):
         return [(check_alpha(values), *defaults[1:])] * batch
     if len(values) * copies == batch:
         values = [value for value in values for _ in range(copies)]  # one per prompt
