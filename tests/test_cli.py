@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from specproxy import cli, demo
+from specproxy import cli, demo, options
 from specproxy.commands import generate as command
 from specproxy.commands.report import Comparison, print_report, split_tokens
 from specproxy.model import ProxyTunedModel
@@ -430,19 +431,59 @@ def test_pieces_hold_back_unfinished_characters(tokenizer: PreTrainedTokenizerFa
 # What README.md shows.
 
 
-def test_readme_example_runs(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    exec(blocks[0], {})
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES_OF_README = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES_OF_README)))
+def test_readme_example_runs(
+    tiny: Any, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    example = EXAMPLES_OF_README[number]
+    for placeholder, name in (("large-base", "base"), ("small-tuned", "expert-python"), ("small-base", "anti-expert")):
+        example = example.replace(f"path/or/name/of-{placeholder}", str(folder / name))
+    scope: dict[str, Any] = {}
+    exec(example, scope)
     lines = capsys.readouterr().out.splitlines()
-    rate, length = map(float, lines[-1].split())
-    assert lines[0].startswith("Question:") and 0 <= rate <= 1 <= length <= 5
+    if number == 0:
+        rate, length = map(float, lines[-1].split())
+        assert lines[0].startswith("Question:") and 0 <= rate <= 1 <= length <= 5
+    elif "of-large-base" in EXAMPLES_OF_README[number]:
+        assert scope["model"].dtype == torch.bfloat16
+    elif "reply" in scope:
+        assert lines[-1].split()[0] == "4" and len(scope["reply"].messages) == 4
+    elif "both" in scope:
+        assert len(scope["both"].generate(scope["ids"], max_new_tokens=2)) == 2
+    elif "streamer" in scope:
+        assert {"0 is complete", "1 is complete"} <= set(lines)
+    elif "pipe" in scope:
+        assert lines[-1].count("generated_text") == 2
+    else:
+        trio, out = scope["trio"], scope["out"]
+        arguments = {"seed": 1, "do_sample": True, "acceptance": "coupled"} if "method" in scope else {}
+        arguments = arguments or {"stop_strings": ["\n\n"]}
+        assert torch.equal(out, trio.generate(**scope["inputs"], max_new_tokens=48, **arguments))
 
 
-def test_readme_names_options_that_exist(run: Run) -> None:
-    lines = re.findall(r"specproxy generate .*", (ROOT / "README.md").read_text(encoding="utf-8"))
-    _, out, _ = run("generate", "--help")
-    assert len(lines) >= 4
+def test_readme_has_every_kind_of_example() -> None:
+    assert len(EXAMPLES_OF_README) == 8
+    for name in ("from_pretrained", "chat(", "further_pairs", "RowStreamer", "custom_generate(", "pipeline("):
+        assert sum(name in example for example in EXAMPLES_OF_README) == 1, name
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "check"])
+def test_readme_names_options_that_exist(run: Run, command: str) -> None:
+    lines = re.findall(rf"specproxy {command} .*", README)
+    _, out, _ = run(command, "--help")
+    assert len(lines) >= 1
     assert {option for line in lines for option in re.findall(r"--[a-z-]+", line)} <= set(re.findall(r"--[a-z-]+", out))
+
+
+def test_readme_names_every_argument() -> None:
+    """What is taken and what is refused, from the code that decides it."""
+    names = {*options._FROM_CONFIG, *options._CALLABLES, *options._REFUSED} - {"low_memory", "synced_gpus"}
+    names |= set(inspect.signature(ProxyTunedModel.generate).parameters) - {"self", "transformers_arguments"}
+    assert [name for name in sorted(names - {"use_model_defaults"}) if not re.search(rf"`{name}[`=]", README)] == []
 
 
 # The program as it is started.
