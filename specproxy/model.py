@@ -226,10 +226,15 @@ class ProxyTunedModel:
             `.logits`: [B, S, V] in float32, or in the models' dtype where that is wider; -inf at ids that are not
             shared.
         """
+        masked: dict[str, Tensor] = {}
+        if attention_mask is not None:
+            # Positions count tokens, not padding: learned positions would shift otherwise.
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            masked = {"attention_mask": attention_mask, "position_ids": position_ids}
         logits = {
             role: model(
                 input_ids=input_ids.to(model.device),
-                attention_mask=None if attention_mask is None else attention_mask.to(model.device),
+                **{name: value.to(model.device) for name, value in masked.items()},
             ).logits.to(self.device)
             for role, model in self._trio.models.items()
         }
