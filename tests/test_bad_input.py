@@ -255,11 +255,8 @@ def test_an_error_leaves_the_next_call_alone(model):
 def _limited(base: int, expert: int, anti_expert: int, kind: str) -> ProxyTunedModel:
     """Learned positions, so many for each role."""
     name = "n_positions" if kind == "gpt2" else "max_position_embeddings"
-    models = [
-        tiny.tiny_model(kind, seed=seed, **{name: positions})
-        for seed, positions in ((1, base), (2, expert), (3, anti_expert))
-    ]
-    return ProxyTunedModel(*models)
+    trio = tiny.make_trio(kind, overrides=({name: base}, {name: expert}, {name: anti_expert}))
+    return ProxyTunedModel(*trio.models)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
@@ -294,8 +291,11 @@ def test_padding_takes_no_positions():
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 @pytest.mark.parametrize("num_draft_tokens", [0, 1, 3, 4, 8, "auto"])
 def test_generation_up_to_the_last_position(kind, num_draft_tokens):
-    """Drafts must not run past a learned position, whatever the window and whoever has the fewest positions."""
-    prompts = tiny.prompts([12, 9], seed=3)
+    """Drafts must not run past a learned position, whatever the window and whoever has the fewest positions.
+
+    Rows of one length accept unequal numbers of drafts: those ahead have fewer positions left than the others want.
+    """
+    prompts = tiny.prompts([12, 12, 9, 12, 12], seed=3)
     ids, mask = tiny.left_pad(prompts)
     for positions in ((20, 40, 40), (40, 20, 40), (40, 40, 20)):
         model = _limited(*positions, kind=kind)
@@ -479,11 +479,15 @@ def test_one_logit_that_is_no_number(role):
 
 @pytest.mark.parametrize("role", ROLES)
 def test_logits_that_fail_at_the_prompt(role):
-    """The other rows finish; the failed one has no new token at all."""
-    rows = greedy_rows("llama", NEIGHBOURS)
-    written = {token for row in (0, 2) for token in (*rows[row], *NEIGHBOURS.base[row])}
+    """The other rows finish; the failed one has no new token at all.
+
+    It has the longest prompt, the row that may take its place the shortest: what it leaves behind must not be read.
+    """
+    prompts = role_prompts([9, 14, 2], seed=33)
+    rows = greedy_rows("llama", prompts)
+    written = {token for row in (0, 2) for token in (*rows[row], *prompts.base[row])}
     token = next(token for token in range(2, 39) if token not in written)
-    prompts = RolePrompts((NEIGHBOURS.base[0], (token, 9, 7), NEIGHBOURS.base[2]))
+    prompts = RolePrompts((prompts.base[0], (token, *prompts.base[1][1:]), prompts.base[2]))
     trio = tiny.make_trio("llama")
     with torch.no_grad():
         getattr(trio, role).get_input_embeddings().weight[token] = NAN

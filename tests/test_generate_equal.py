@@ -166,8 +166,7 @@ def test_prompts_that_are_read_in_pieces(kind, monkeypatch):
 @pytest.mark.slow
 def test_a_text_that_outgrows_its_buffers():
     """Room for 1024 new tokens is made at once, the rest as it is needed; rows end far apart."""
-    longer = {"max_position_embeddings": 2048}
-    trio = tiny.make_trio("llama", base_overrides=longer, pair_overrides=longer)
+    trio = tiny.make_trio("llama", overrides=({"max_position_embeddings": 2048},) * 3)
     prompts = role_prompts([4, 13, 1], seed=8)
     rows = [oracle.plain_greedy(trio.models, row, max_new_tokens=1300, repetition_penalty=1.1) for row in prompts.base]
     arguments = prompts.kwargs()

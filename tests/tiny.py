@@ -411,8 +411,7 @@ def make_trio(
     dtype: torch.dtype | None = None,
     tuning: float | None = None,
     drift: float = 0.05,
-    base_overrides: dict[str, Any] | None = None,
-    pair_overrides: dict[str, Any] | None = None,
+    overrides: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = ({}, {}, {}),
 ) -> Trio:
     """Build a fresh trio whose drafts are neither always kept nor always rejected.
 
@@ -424,12 +423,10 @@ def make_trio(
     if tuning is None:
         tuning = 0.08 if kind == pair_kind else 1.5
     dtype = dtype or (torch.float32 if "mixtral" in (kind, pair_kind) else torch.float64)
-    pair: dict[str, Any] = {"layers": PAIR_LAYERS, "dtype": dtype, "seed": seed + 1, **(pair_overrides or {})}
-    anti_expert = tiny_model(pair_kind, vocab_size=vocab_sizes[2], **pair)
-    expert = tiny_model(pair_kind, vocab_size=vocab_sizes[1], **pair)
-    base = tiny_model(
-        kind, layers=BASE_LAYERS, vocab_size=vocab_sizes[0], dtype=dtype, seed=seed + 2, **(base_overrides or {})
-    )
+    pair: dict[str, Any] = {"layers": PAIR_LAYERS, "dtype": dtype, "seed": seed + 1}
+    anti_expert = tiny_model(pair_kind, vocab_size=vocab_sizes[2], **pair, **overrides[2])
+    expert = tiny_model(pair_kind, vocab_size=vocab_sizes[1], **pair, **overrides[1])
+    base = tiny_model(kind, layers=BASE_LAYERS, vocab_size=vocab_sizes[0], dtype=dtype, seed=seed + 2, **overrides[0])
     _copy_and_perturb(anti_expert, expert, tuning, seed + 3)
     if kind == pair_kind:
         _copy_and_perturb(anti_expert, base, drift, seed + 4)
@@ -437,7 +434,7 @@ def make_trio(
 
 
 def _copy_and_perturb(source: Any, target: Any, noise: float, seed: int) -> None:
-    """Copy what both models have (leading rows of unequal vocabularies), add noise, damp what only `target` has."""
+    """Copy what both models have (leading rows of unequal tables), add noise, damp what only `target` has."""
     generator = torch.Generator().manual_seed(seed)
     known = dict(source.named_parameters())
     with torch.no_grad():
