@@ -23,7 +23,10 @@ setup(
     # the library of that name which Transformers looks for.
     packages=[*find_packages(include=["specproxy", "specproxy.*"]), "specproxy_kernels"],
     package_dir={"specproxy_kernels": "kernels/specproxy_kernels"},
-    package_data={"specproxy": ["py.typed", "models/**", "integrations/hub/custom_generate/generate.py"], "specproxy_kernels": ["py.typed"]},
+    package_data={
+        "specproxy": ["py.typed", "models/**", "integrations/hub/custom_generate/generate.py"],
+        "specproxy_kernels": ["py.typed"],
+    },
     include_package_data=False,
     install_requires=[
         "torch>=2.11",

@@ -1,8 +1,8 @@
 """How often greedy speculation parts from per-step decoding because a window rounds differently from a single token.
 
 The two are the same tokens wherever their logits are the same. In floating point a forward over W tokens may round
-differently from one over a single token, so an argmax can flip where the two best logits nearly tie. For each dtype this
-counts the sequences that part, and the margin between the two best combined logits where they first do.
+differently from one over a single token, so an argmax can flip where the two best logits nearly tie. For each dtype
+this counts the sequences that part, and the margin between the two best combined logits where they first do.
 
     python benchmarks/near_ties.py --dtypes float32 bfloat16 --num-prompts 100
 
