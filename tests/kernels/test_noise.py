@@ -2,6 +2,7 @@
 laws."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from specproxy_kernels.noise import (
     gumbel_noise,
     philox,
     row_keys,
+    window_noise,
 )
 from specproxy_kernels.reference import NoiseStream
 
@@ -73,6 +75,20 @@ def test_philox_equals_python_integers() -> None:
     got = philox(list(torch.tensor(counters).T), torch.tensor(keys.view(np.int64)))
     want = [plain_philox([int(c) for c in counter], int(key)) for counter, key in zip(counters, keys, strict=True)]
     assert torch.stack(got, 1).tolist() == want
+
+
+@pytest.mark.parametrize("key_shape", [(1, 3), (2, 1), (2, 3), (4, 2, 3)], ids=str)
+def test_philox_broadcasts_its_key(key_shape: tuple[int, ...]) -> None:
+    """The key may have dimensions of size one, and dimensions of its own."""
+    counters = [torch.arange(6).view(2, 3) + 100 * i for i in range(4)]
+    counters[1] = torch.tensor(7)  # without dimensions
+    key = torch.arange(math.prod(key_shape)).view(key_shape) + 2**40
+    got = philox(counters, key)
+    shape = torch.broadcast_shapes((2, 3), key_shape)
+    assert all(word.shape == shape for word in got)
+    wide = [counter.expand(shape).flatten() for counter in counters]
+    for i, full_key in enumerate(key.expand(shape).flatten().tolist()):
+        assert [int(word.flatten()[i]) for word in got] == plain_philox([int(c[i]) for c in wide], full_key)
 
 
 TRITON_PROGRAM = """
@@ -205,9 +221,20 @@ def test_stream_reads_the_documented_counters() -> None:
                 assert torch.equal(
                     stream.tokens(count, 7), gumbel_noise(key, index[:, :count], PURPOSE_TOKEN, 7, block_start)
                 )
+            assert torch.equal(stream.coins(4), coin_noise(key, index, block_start))
+            assert torch.equal(stream.coins(2), coin_noise(key, index[:, :2], block_start))
             assert torch.equal(stream.next_token(accepted, "rejection", 4, 7), residual)
             assert torch.equal(stream.next_token(accepted, "block", 4, 7), residual)
             assert torch.equal(stream.next_token(accepted, "coupled", 4, 7), token)
+
+
+def test_window_noise_equals_what_is_drawn_apart() -> None:
+    key, start = row_keys([5] * 3, range(3)), torch.tensor([0, 4, 11])
+    index = start[:, None] + torch.arange(4)
+    for vocab_size, block_start in itertools.product((1, 7, 256, 257, 1025), (None, start)):
+        gumbel, coins = window_noise(key, index, vocab_size, block_start)
+        assert torch.equal(gumbel, gumbel_noise(key, index, PURPOSE_TOKEN, vocab_size, block_start))
+        assert torch.equal(coins, coin_noise(key, index, block_start))
 
 
 def test_extreme_words_give_finite_noise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -542,6 +542,27 @@ def test_no_token_left(how: str, rule: str) -> None:
     assert int(kept[1]) == 0 and 0 <= int(token[1]) < 6
 
 
+@pytest.mark.parametrize("rule", reference.RULES)
+@pytest.mark.parametrize("setting", ["temperature", "repetition_penalty"])
+def test_a_warp_that_overflows_sets_the_status(setting: str, rule: str) -> None:
+    """Finite logits divided by almost nothing are infinite in float32: no law is left to draw from."""
+    base, pair, drafts, law, parameters, key = window_of()
+    tiny = torch.tensor([1.0, 1e-46, 1.0], dtype=torch.float64)
+    seen = torch.ones(3, 6, dtype=torch.bool)
+    parameters = replace(parameters, **{setting: tiny}, seen=seen if setting == "repetition_penalty" else None)
+    _, token, status = run(rule, base, pair, drafts, law, parameters, key)
+    assert int(status[1]) & STATUS_NON_FINITE and not status[[0, 2]].any()
+    assert 0 <= int(token[1]) < 6
+
+
+def test_combined_dtype_is_the_widest() -> None:
+    third = torch.full((1, 1, 2), 1 / 3, dtype=torch.float64)
+    for base in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        pair = LogitPair(third, None, torch.ones(1, 1))
+        combined, _ = combine_logits(torch.zeros(1, 1, 2, dtype=base), [pair], 2)
+        assert combined.dtype == torch.float64 and torch.equal(combined, third)
+
+
 def test_masked_tokens_are_never_emitted() -> None:
     for rule in reference.RULES:
         base, pair, drafts, law, parameters, key = window_of(batch=500)
