@@ -343,7 +343,8 @@ def _race(scores: Tensor, noise: Tensor, greedy: Tensor | None) -> Tensor:
     """First argmax [B, W] of scores + Gumbel noise: a draw from softmax(scores); of the scores alone where greedy."""
     if greedy is not None:
         noise = noise.masked_fill(greedy.view(-1, *[1] * (noise.ndim - 1)), 0)
-    return (scores + noise).argmax(-1)
+    # Without the largest score the sum keeps the noise's digits, however small the temperature.
+    return (scores - scores.amax(-1, keepdim=True) + noise).argmax(-1)
 
 
 def sample_drafts(
