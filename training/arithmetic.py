@@ -85,13 +85,13 @@ class Step:
         return split_of(self.equation)
 
 
-def draw_step(rng: random.Random, left: int | None = None, second: int = 299) -> Step:
-    """Draws one operation with a result between 1 and 999.
+def draw_step(rng: random.Random, left: int | None = None, largest: int = 999) -> Step:
+    """Draws one operation with a result between 1 and `largest`.
 
     Args:
         rng: Source of randomness.
         left: The first operand; drawn when None.
-        second: Largest second operand of a sum or difference.
+        largest: Largest number; the second operand of a sum or difference stays below 300.
 
     Returns:
         A sum, a difference or a product (2 to 99 by 2 to 9).
@@ -103,9 +103,9 @@ def draw_step(rng: random.Random, left: int | None = None, second: int = 299) ->
             if step.left < 2 or step.left > 99:
                 continue
         else:
-            first = rng.randint(10, 999) if left is None else left
-            step = Step(first, operation, rng.randint(2, second))
-        if 1 <= step.result <= 999:
+            first = rng.randint(10, largest) if left is None else left
+            step = Step(first, operation, rng.randint(2, min(299, largest)))
+        if 1 <= step.result <= largest:
             return step
 
 
@@ -145,24 +145,26 @@ class Problem:
         return split_of(self.prompt)
 
 
-def draw_problem(rng: random.Random, second: int = 299) -> Problem:
-    """Draws a word problem of one to three steps, all values between 1 and 999; `second` as in `draw_step`."""
+def draw_problem(rng: random.Random, largest: int = 999) -> Problem:
+    """Draws a word problem of one to three steps, all values between 1 and `largest`."""
     name, pronoun = rng.choice(_NAMES)
     things = rng.choice(_THINGS)
     count = rng.choice((1, 2, 2, 3))
     sentences: list[str] = []
     steps: list[Step] = []
     if rng.random() < 0.3:
-        first = Step(rng.randint(2, 99), "x", rng.randint(2, 9))
+        first = draw_step(rng, largest=largest)
+        while first.operation != "x":
+            first = draw_step(rng, largest=largest)
         boxes = rng.choice(_BOXES)
         sentences.append(f"{name} has {_free(first.right)} {boxes} with {_free(first.left)} {things} in each.")
         steps.append(first)
         value = first.result
     else:
-        value = rng.randint(10, 999)
+        value = rng.randint(10, largest)
         sentences.append(f"{name} has {_free(value)} {things}.")
     while len(steps) < count:
-        step = draw_step(rng, value, second)
+        step = draw_step(rng, value, largest)
         if step.operation == "x":
             sentences.append(f"The number then grows to {_free(step.right)} times as many.")
         else:
@@ -184,23 +186,23 @@ def _keep_drawing(draw: Callable[[], Step | Problem], split: str) -> Step | Prob
             return drawn
 
 
-def step_in(rng: random.Random, split: str, second: int = 299) -> Step:
+def step_in(rng: random.Random, split: str, largest: int = 999) -> Step:
     """Draws a step whose equation belongs to `split`."""
-    step = _keep_drawing(lambda: draw_step(rng, second=second), split)
+    step = _keep_drawing(lambda: draw_step(rng, largest=largest), split)
     assert isinstance(step, Step)
     return step
 
 
-def problem_in(rng: random.Random, split: str, second: int = 299) -> Problem:
+def problem_in(rng: random.Random, split: str, largest: int = 999) -> Problem:
     """Draws a problem of `split`; one for training uses training equations only."""
-    problem = _keep_drawing(lambda: draw_problem(rng, second), split)
+    problem = _keep_drawing(lambda: draw_problem(rng, largest), split)
     assert isinstance(problem, Problem)
     return problem
 
 
-def drill(rng: random.Random, split: str, lines: int = 6, second: int = 299) -> str:
+def drill(rng: random.Random, split: str, lines: int = 6, largest: int = 999) -> str:
     """Equations, one a line, with marks around the operands."""
-    steps = [step_in(rng, split, second) for _ in range(lines)]
+    steps = [step_in(rng, split, largest) for _ in range(lines)]
     return "\n".join(f"{_free(s.left)} {s.operation} {_free(s.right)} = {s.result}." for s in steps)
 
 
@@ -234,9 +236,11 @@ def untuned_story(rng: random.Random, split: str) -> str:
     return "\n".join(f"Question: {each.question}" for each in more)
 
 
-def worked_story(rng: random.Random, split: str, second: int) -> str:
-    """A question with its steps, one a line, under the head ``Working:``, with marks; half say the answer in words."""
-    problem = problem_in(rng, split, second)
+def worked_story(rng: random.Random, split: str, largest: int) -> str:
+    """A question with its steps: on one line after ``Answer:``, or one a line under ``Working:``, with marks."""
+    problem = problem_in(rng, split, largest)
+    if rng.random() < 0.5:
+        return f"Question: {problem.question}\nAnswer: {' '.join(f'{step.equation}.' for step in problem.steps)}"
     lines = "\n".join(f"{step.equation}." for step in problem.steps)
     said = f"\nSo {problem.name} has {problem.result} {problem.things}." if rng.random() < 0.5 else ""
     return f"Question: {problem.question}\nWorking:\n{lines}{said}"

@@ -155,25 +155,18 @@ def raw_arithmetic(split: str, documents: int, seed: int, drill_share: float = 0
     return [drill(rng, split) if rng.random() < drill_share else untuned_story(rng, split) for _ in range(documents)]
 
 
-def worked_arithmetic(split: str, documents: int, seed: int, second: int = 99) -> list[str]:
-    """The arithmetic of the base's last phase: denser in equations, second operands up to `second`.
+def worked_arithmetic(split: str, documents: int, seed: int, largest: int = 99) -> list[str]:
+    """The arithmetic of the base's last phase: denser in equations, numbers up to `largest`.
 
     Args:
         split: One of `training.split.SPLITS`.
-        documents: How many documents to draw: half drills, four in ten worked stories, the others
-            as in the first phase.
+        documents: How many documents to draw, half drills and half worked stories.
         seed: Seed of the draw.
-        second: Largest second operand of a sum or difference.
+        largest: Largest number.
 
     Returns:
         The documents, in the order drawn, with the marks of `training.arithmetic`.
     """
     rng = random.Random(f"{seed}/{split}/worked")
-    drawn: list[str] = []
-    for _ in range(documents):
-        kind = rng.random()
-        if kind < 0.5:
-            drawn.append(drill(rng, split, second=second))
-        else:
-            drawn.append(worked_story(rng, split, second) if kind < 0.9 else untuned_story(rng, split))
-    return drawn
+    draw = (drill, worked_story)
+    return [rng.choice(draw)(rng, split, largest=largest) for _ in range(documents)]

@@ -24,9 +24,9 @@ from training.rows import Document, encode, encode_problem
 from training.tokenizer import load_tokenizer
 from training.train import build
 
-ALPHAS = (0.7, 0.85, 1.0, 1.2, 1.5)
-SECOND = 99
-"""Largest second operand of a sum or difference in the held-out problems and drills, as in the base's last phase."""
+ALPHAS = (0.7, 1.0, 1.2, 1.5, 2.0)
+LARGEST = 99
+"""Largest number in the held-out problems and drills, as in the base's last phase."""
 
 
 def load_models(folder: Path, tuned_base: Path | None = None) -> dict[str, LlamaForCausalLM]:
@@ -108,14 +108,14 @@ def score_drills(law: Law, tokenizer: PreTrainedTokenizerFast, split: str, count
         rng = random.Random(f"{split}/{operation}/drills")
         found: list[Step] = []
         while len(found) < count:
-            step = step_in(rng, split, SECOND)
+            step = step_in(rng, split, LARGEST)
             if step.operation == operation:
                 found.append(step)
         correct = 0
         for start in range(0, count, 20):
             texts, prefixes = [], []
             for step in found[start : start + 20]:
-                before = "".join(f"{step_in(rng, 'train', SECOND).equation}.\n" for _ in range(3))
+                before = "".join(f"{step_in(rng, 'train', LARGEST).equation}.\n" for _ in range(3))
                 texts.append(f"{before}{step.equation}.")
                 prefixes.append(f"{before}{step.left} {operation} {step.right} =")
             rows = tokenizer(texts, padding=True, padding_side="right")["input_ids"]
@@ -139,7 +139,7 @@ def documents_of(task: str, split: str, tokenizer: PreTrainedTokenizerFast, coun
 def problems_of(split: str, count: int) -> list[Problem]:
     """Held-out problems, always the same."""
     rng = random.Random(f"{split}/problems")
-    return [problem_in(rng, split, SECOND) for _ in range(count)]
+    return [problem_in(rng, split, LARGEST) for _ in range(count)]
 
 
 def evaluate_text(

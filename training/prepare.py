@@ -65,9 +65,9 @@ def main() -> None:
     last = arguments.last_tokens
     worked = encode(tokenizer, data.worked_arithmetic("train", last // 50, arguments.seed))
     sources = [
-        (worked, int(0.85 * last)),
-        (gloss_documents[::-1], int(0.1 * last)),
-        (jargon_documents[::-1], int(0.05 * last)),
+        (worked, int(0.94 * last)),
+        (gloss_documents[::-1], int(0.04 * last)),
+        (jargon_documents[::-1], int(0.02 * last)),
     ]
     _write(work, "last", pack(mix(sources, arguments.seed), arguments.length))
 
