@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = runpy.run_path(str(ROOT / "specproxy" / "version.py"))["__version__"]
 
-TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "scipy>=1.13"]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "hypothesis>=6.100", "scipy>=1.13"]
 
 setup(
     name="specproxy",

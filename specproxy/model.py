@@ -205,6 +205,8 @@ class ProxyTunedModel:
         eos = sorted(self._trio.eos_token_ids())
         return GenerationConfig(eos_token_id=eos or None, pad_token_id=self._trio.pad_token_id())
 
+    input_modalities = output_modalities = ("text",)  # what Transformers' pipelines print of a model
+
     def can_generate(self) -> bool:
         """True: Transformers' pipelines ask."""
         return True
