@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = runpy.run_path(str(ROOT / "specproxy" / "version.py"))["__version__"]
 
-TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "scipy>=1.13"]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "hypothesis>=6.100", "scipy>=1.13"]
 
 setup(
     name="specproxy",
@@ -23,7 +23,10 @@ setup(
     # the library of that name which Transformers looks for.
     packages=[*find_packages(include=["specproxy", "specproxy.*"]), "specproxy_kernels"],
     package_dir={"specproxy_kernels": "kernels/specproxy_kernels"},
-    package_data={"specproxy": ["py.typed", "models/**"], "specproxy_kernels": ["py.typed"]},
+    package_data={
+        "specproxy": ["py.typed", "models/**", "integrations/hub/custom_generate/generate.py"],
+        "specproxy_kernels": ["py.typed"],
+    },
     include_package_data=False,
     install_requires=[
         "torch>=2.11",
@@ -31,12 +34,13 @@ setup(
         "accelerate>=1.1",  # Transformers needs it for device_map
         "numpy",
         "safetensors",
-        "tqdm",
+        "jinja2>=3.1",  # Transformers needs it for chat templates
         "typer>=0.29",
         "rich>=13",
     ],
     extras_require={
         "kernels": ["triton>=3.6; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"],
+        "bench": ["matplotlib>=3.8"],  # charts of the benchmarks
         "test": TEST,
         "dev": [*TEST, "ruff>=0.15", "mypy>=1.18"],
     },

@@ -1,8 +1,8 @@
 """What the decode loop itself costs, where every draft is accepted and the models' costs are known.
 
-The base is the small model plus identity layers (their output projections are zero), so that base, expert and anti-expert
-follow one law at a cost ratio of our choosing: every draft survives, and what is left to see is the runtime. Four ways of
-decoding run in turn, repeat by repeat, and ratios are medians of paired runs:
+The base is the small model plus identity layers (their output projections are zero), so that base, expert and
+anti-expert follow one law at a cost ratio of our choosing: every draft survives, and what is left to see is the
+runtime. Three ways of decoding run in turn, repeat by repeat, and ratios are medians of paired runs:
 
     speculative   this runtime, `--num-draft-tokens` drafts a cycle
     per-step      this runtime, 0 drafts

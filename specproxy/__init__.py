@@ -12,8 +12,10 @@ from specproxy.errors import (
     UnsupportedModelError,
     VocabularyError,
 )
+from specproxy.integrations.transformers import custom_generate
 from specproxy.model import ProxyTunedModel
 from specproxy.stats import SpeculationStats
+from specproxy.streaming import RowStreamer
 from specproxy.version import __version__
 
 __all__ = [
@@ -21,9 +23,11 @@ __all__ = [
     "LogitsError",
     "PromptError",
     "ProxyTunedModel",
+    "RowStreamer",
     "SpecProxyError",
     "SpeculationStats",
     "UnsupportedModelError",
     "VocabularyError",
     "__version__",
+    "custom_generate",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from specproxy.state import DecodeState, Draft
 from specproxy.trio import TrioRunners
 from specproxy.verify import WindowLogits, bonus_step
-from specproxy_kernels import NoiseStream, accept_window, emit_next_token
+from specproxy_kernels import LogitPair, NoiseStream, accept_window, emit_next_token
 
 __all__ = ["Outcome", "accept"]
 
@@ -33,12 +33,23 @@ def accept(state: DecodeState, runners: TrioRunners, noise: NoiseStream, draft: 
         draft: the proposal.
         window: its scores; completed here where needed.
     """
-    assert state.warp is not None
-    shared = (draft.law, state.warp, noise, state.vocab_size)
-    acceptance = accept_window(state.rule, window.base, window.pairs(), draft.tokens, draft.num_drafts, *shared)
+    shared = (draft.law, state.warp(draft.count + 1), noise, state.vocab_size)
+    base, pairs = _law_inputs(state, draft, window)
+    acceptance = accept_window(state.rule, base, pairs, draft.tokens, draft.num_drafts, *shared)
     # Asking whether any row needs the bonus step saves it on the CPU, where asking is free; elsewhere asking would
     # synchronise, which costs more than the step.
     if state.device.type != "cpu" or bool(acceptance.is_bonus.any()):
         bonus_step(state, runners, draft, window)
-    next_token, status = emit_next_token(state.rule, window.base, window.pairs(), draft.tokens, acceptance, *shared)
+        base, pairs = _law_inputs(state, draft, window)
+    next_token, status = emit_next_token(state.rule, base, pairs, draft.tokens, acceptance, *shared)
     return Outcome(acceptance.num_accepted, next_token, status)
+
+
+def _law_inputs(state: DecodeState, draft: Draft, window: WindowLogits) -> tuple[Tensor, list[LogitPair]]:
+    """Raw logits and pairs for the fused arithmetic, or dense processed logits where Python has had to see them."""
+    if not (state.has_processors or state.records_logits):
+        return window.base, window.pairs()
+    if window.num_scored == 0:
+        return window.base, window.pairs()  # a window without drafts: there is nothing to accept yet
+    window.resolve(state, draft.tokens)
+    return window.processed, []

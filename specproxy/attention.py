@@ -23,6 +23,8 @@ __all__ = ["WINDOW_KEYWORD", "borrowed"]
 
 WINDOW_KEYWORD = "specproxy_window"
 _ATTENTION_NAME = "specproxy_window"
+# What some architectures add to their attention: sinks, relative positions, sparse selections.
+_UNSUPPORTED = ("s_aux", "position_bias", "indices", "block_indices")
 
 
 def _attend(
@@ -40,14 +42,17 @@ def _attend(
     """Attention of one layer, [B, H, T, D] queries over [B, H_kv, S, D] buffers; returns [B, T, H, D]."""
     window: Window | None = kwargs.get(WINDOW_KEYWORD)
     if window is None:
-        if kwargs.get("s_aux") is not None:
-            raise UnsupportedModelError("attention sinks (s_aux) are not supported; use a model without them.")
         raise SpecProxyError(
             "the model was called from elsewhere while specproxy generates with it: wait until generate() returns, "
             "or give specproxy a copy of its own."
         )
-    if kwargs.get("s_aux") is not None:
-        raise UnsupportedModelError(f"{type(module).__name__} uses attention sinks (s_aux), which are not supported.")
+    further = {name: kwargs.get(name) for name in _UNSUPPORTED} | {"attention_mask": attention_mask}
+    unsupported = [name for name, value in further.items() if value is not None]
+    if unsupported:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks for {', '.join(unsupported)} in its attention, which ragged windows do not "
+            "support; use an architecture of plain causal or sliding-window attention."
+        )
     window.num_attended += 1
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     num_keys = key.shape[2]

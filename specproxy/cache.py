@@ -149,6 +149,7 @@ class RaggedCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Write a layer's keys and values [n, H_kv, T, D] at the window; returns its buffers up to the longest row."""
         while len(self.layers) <= layer_idx:
             self.layers.append(_RaggedLayer(self))
         return self.layers[layer_idx].update(key_states, value_states)

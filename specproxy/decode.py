@@ -43,10 +43,9 @@ def step(state: DecodeState, runners: TrioRunners, policy: WindowPolicy, stats: 
     rows, num_accepted = _commit(state, runners, draft, window, outcome, stats)
 
     expert_seconds += runners.expert.timer.total
-    expert_steps = 0 if window.expert is None else window.expert.shape[1]
-    window_seconds = runners.base.timer.last + runners.anti_expert.timer.last
+    window_seconds = sum(runner.timer.last for runner in runners if runner is not runners.expert)
     tested = sum(min(accepted + 1, count) for accepted in num_accepted)
-    report = CycleReport(count, tested, sum(num_accepted), expert_seconds / max(expert_steps, 1), window_seconds)
+    report = CycleReport(count, tested, sum(num_accepted), expert_seconds / max(window.num_scored, 1), window_seconds)
     policy.observe(report)
     return rows
 
@@ -79,10 +78,14 @@ def _commit(
         tokens, sources = drafts[:num_accepted], [DRAFT] * num_accepted
         if not status & _ERRORS:
             tokens, sources = [*tokens, next_token], [*sources, TARGET]
+        drafted = state.num_drafts(row, draft.count)
         taken = row.append(tokens, sources)
         if status & _ERRORS and row.finish_reason is None:
             row.fail(_reason(row, window, slot, num_accepted, status))
-        stats.record(draft.count, num_accepted, taken)
+        if state.records_logits:
+            row.logits += list(window.combined[slot, :taken].float())
+            row.scores += list(window.scores[slot, :taken].float())
+        stats.record(drafted, num_accepted, taken)
         stats.num_empty_residuals += bool(status & STATUS_EMPTY_RESIDUAL)
     _evict_finished(state, runners)
     return rows, accepted_counts

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specproxy.errors import ConfigurationError
 
-__all__ = ["example_prompts", "load", "tasks"]
+__all__ = ["example_prompts", "folders", "load", "tasks"]
 
 _MODELS = Path(__file__).parent / "models"
 
@@ -45,6 +45,16 @@ def _task(task: str) -> dict[str, Any]:
     return entry
 
 
+def folders(task: str) -> dict[str, str]:
+    """Where the trio of a task lies: base, expert, anti_expert and tokenizer.
+
+    Raises:
+        ConfigurationError: where there is no such task.
+    """
+    names = {"base": "base", "expert": _task(task)["expert"], "anti_expert": "anti-expert", "tokenizer": "tokenizer"}
+    return {role: str(_MODELS / name) for role, name in names.items()}
+
+
 def load(task: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Load an embedded trio.
 
@@ -59,10 +69,10 @@ def load(task: str, *, device: str | torch.device | None = None, dtype: torch.dt
     Raises:
         ConfigurationError: where there is no such task.
     """
-    entry = _task(task)
+    names = folders(task)
+    tokenizer = AutoTokenizer.from_pretrained(names.pop("tokenizer"))
     models = {
-        role: AutoModelForCausalLM.from_pretrained(_MODELS / folder, dtype=dtype or torch.float32).to(device or "cpu")
-        for role, folder in (("base", "base"), ("expert", entry["expert"]), ("anti_expert", "anti-expert"))
+        role: AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32).to(device or "cpu")
+        for role, name in names.items()
     }
-    tokenizer = AutoTokenizer.from_pretrained(_MODELS / "tokenizer")
-    return {**models, "tokenizer": tokenizer, "alpha": float(entry["alpha"])}
+    return {**models, "tokenizer": tokenizer, "alpha": float(_task(task)["alpha"])}

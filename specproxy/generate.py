@@ -5,37 +5,28 @@ Checks every argument before any model runs. Knows nothing of text: token ids on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import MaxTimeCriteria, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from specproxy.config import SamplingParameters, SpeculationParameters, check_alpha, check_integer
+from specproxy.config import SpeculationParameters, check_alpha, check_integer
 from specproxy.decode import admit, step
 from specproxy.errors import ConfigurationError, LogitsError, PromptError
+from specproxy.options import GenerationOptions
 from specproxy.policy import AdaptiveWindow, FixedWindow, WindowPolicy
-from specproxy.state import BASE, ROLES, DecodeState, Row
+from specproxy.processors import row_law
+from specproxy.state import BASE, DecodeState, Row
 from specproxy.stats import SpeculationStats
 from specproxy.trio import Trio
 from specproxy_kernels import row_keys
 
 __all__ = ["GenerateOutput", "generate"]
-
-_UNSUPPORTED = {
-    "num_beams": "beam search is not supported; use num_return_sequences of sampling, or greedy decoding",
-    "num_beam_groups": "beam search is not supported; use sampling or greedy decoding",
-    "constraints": "constrained beam search is not supported; use sampling or greedy decoding",
-    "force_words_ids": "constrained beam search is not supported; use sampling or greedy decoding",
-    "penalty_alpha": "contrastive search is not supported; use sampling or greedy decoding",
-    "guidance_scale": "classifier-free guidance is not supported: alpha steers by the expert instead",
-    "watermarking_config": "watermarking is not supported",
-    "assistant_model": "the expert drafts here; remove assistant_model",
-    "past_key_values": "every call builds its own ragged caches; remove past_key_values",
-}
 
 
 @dataclass
@@ -50,17 +41,12 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     *,
-    sampling: SamplingParameters,
-    speculation: SpeculationParameters,
-    max_new_tokens: int,
-    alpha: float | Sequence[float] | Tensor,
-    seed: int | Sequence[int] | Tensor | None,
-    generator: torch.Generator | None,
-    role_prompts: dict[str, tuple[Tensor | None, Tensor | None]],
-    eos_token_id: int | Sequence[int] | None,
-    pad_token_id: int | None,
-    streamer: Any,
-    unknown: dict[str, Any],
+    options: GenerationOptions,
+    alpha: float | Sequence[float] | Tensor | None = None,
+    seed: int | Sequence[int] | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    role_prompts: dict[str, tuple[Tensor | None, Tensor | None]] | None = None,
+    streamer: Any = None,
 ) -> GenerateOutput:
     """Generate for every prompt; see `ProxyTunedModel.generate`, which documents the arguments.
 
@@ -68,66 +54,148 @@ def generate(
         ConfigurationError, PromptError: before any model runs.
         LogitsError: after every other row is complete.
     """
-    _refuse_unknown(unknown)
-    check_integer("max_new_tokens", max_new_tokens, 1, "ask for at least one token")
-    eos = _eos_ids(trio, eos_token_id)
-    pad = _pad_id(trio, pad_token_id, eos)
+    eos = _eos_ids(trio, options.eos_token_id)
+    pad = _pad_id(trio, options.pad_token_id, eos)
     prompts = {BASE: _prompt_rows(trio, BASE, "input_ids", input_ids, attention_mask, pad, eos)}
+    for role in trio.models:
+        if role != BASE:
+            ids, mask = (role_prompts or {}).get(role, (None, None))
+            prompts[role] = _role_prompt_rows(trio, role, ids, mask, input_ids, attention_mask, pad, eos)
+    copies = options.num_return_sequences
+    if copies > 1:
+        prompts = {role: [prompt for prompt in rows for _ in range(copies)] for role, rows in prompts.items()}
+        input_ids = input_ids.repeat_interleave(copies, dim=0)
     batch = len(prompts[BASE])
-    for role, (ids, mask) in role_prompts.items():
-        prompts[role] = _role_prompt_rows(trio, role, ids, mask, input_ids, attention_mask, pad, eos, batch)
-    _check_lengths(trio, prompts, max_new_tokens)
-    if streamer is not None and batch != 1:
-        raise ConfigurationError(f"streamer takes a single prompt, not a batch of {batch}; stream rows one by one.")
-    keys = _row_keys(batch, seed, generator, sampling.do_sample)
+    least, most = options.budget(input_ids.shape[1])
+    _check_lengths(trio, prompts, most)
+    if streamer is not None and not (hasattr(streamer, "put") or hasattr(streamer, "put_row")):
+        raise ConfigurationError(f"streamer={streamer!r} has neither put() nor put_row(); give a streamer.")
+    if streamer is not None and batch != 1 and not hasattr(streamer, "put_row"):
+        raise ConfigurationError(
+            f"streamer={type(streamer).__name__} takes one sequence of {batch}; use a RowStreamer."
+        )
+    stopping = _stopping_criteria(options)
+    # Normalisation changes recorded scores, no law: without them it is spared.
+    law = options.law if options.output_scores else replace(options.law, renormalize_logits=None)
+    keys = _row_keys(batch, seed, generator, options.law.sampling.do_sample)
     rows = [
         Row(
             index=i,
-            prompts={role: prompts[role][i] for role in ROLES},
-            sampling=sampling,
-            alpha=strength,
+            prompts={role: rows[i] for role, rows in prompts.items()},
+            law=row_law(
+                law,
+                row_index=i,
+                prompt_length=len(prompts[BASE][i]),
+                min_new_tokens=least,
+                max_new_tokens=most,
+                eos_token_ids=eos,
+                device=trio.device,
+            ),
+            alphas=strengths,
             key=keys[i],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=most,
             eos_token_ids=eos,
+            stopping_criteria=stopping,
         )
-        for i, strength in enumerate(_alphas(alpha, batch))
+        for i, strengths in enumerate(_alphas(trio, alpha, batch, copies))
     ]
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    stats = _decode(trio, rows, speculation, streamer)
-    if streamer is not None:
-        streamer.end()
-    output = GenerateOutput(sequences=_sequences(input_ids, rows, pad), speculation=stats)
+    records = options.output_scores or options.output_logits
+    stats = _decode(trio, rows, options.speculation, records, _Feed(streamer, input_ids, rows))
+    output = GenerateOutput(
+        sequences=_sequences(input_ids, rows, pad),
+        scores=_recorded([row.scores for row in rows]) if options.output_scores else None,
+        logits=_recorded([row.logits for row in rows]) if options.output_logits else None,
+        speculation=stats,
+    )
     failed = [row for row in rows if row.finish_reason == "error"]
     if failed:
         raise LogitsError("; ".join(str(row.error) for row in failed), [row.index for row in failed], output)
     return output
 
 
-def _decode(trio: Trio, rows: list[Row], speculation: SpeculationParameters, streamer: Any) -> SpeculationStats:
+class _Feed:
+    """Hands new tokens to a streamer: token by token to one of Transformers', block by block to a `RowStreamer`."""
+
+    def __init__(self, streamer: Any, input_ids: Tensor, rows: list[Row]) -> None:
+        self.streamer, self.rows = streamer, rows
+        self.by_row = hasattr(streamer, "put_row")
+        self.sent = [0] * len(rows)
+        self.ended = [False] * len(rows)
+        if streamer is not None and not self.by_row:
+            streamer.put(input_ids.cpu())
+
+    def advance(self) -> None:
+        """Send what has come since the last call."""
+        if self.streamer is None:
+            return
+        for i, row in enumerate(self.rows):
+            new = row.tokens[self.sent[i] :]
+            self.sent[i] = len(row.tokens)
+            if self.by_row:
+                if new:
+                    self.streamer.put_row(i, new)
+            else:
+                for token in new:
+                    self.streamer.put(torch.tensor([token]))
+            if row.finish_reason is not None and not self.ended[i]:
+                self.ended[i] = True
+                self.streamer.end_row(i) if self.by_row else self.streamer.end()
+
+
+def _decode(
+    trio: Trio, rows: list[Row], speculation: SpeculationParameters, records_logits: bool, feed: _Feed
+) -> SpeculationStats:
     """Run all rows to their ends."""
     began = perf_counter()
     stats = SpeculationStats()
     count = speculation.num_draft_tokens
     policy: WindowPolicy = FixedWindow(count) if isinstance(count, int) else AdaptiveWindow()
     longest = max(len(prompt) for row in rows for prompt in row.prompts.values())
-    # Rows shorter than the budget never use all of it: a long budget grows its buffers as it goes.
+    # A long budget is rarely used up: its buffers grow as it goes.
     capacity = longest + min(rows[0].max_new_tokens, 1024) + (count if isinstance(count, int) else 8) + 1
-    state = DecodeState(trio.device, trio.vocabulary.size, trio.vocabulary.allowed, speculation.acceptance)
+    state = DecodeState(
+        trio.device,
+        trio.vocabulary.size,
+        trio.vocabulary.allowed,
+        speculation.acceptance,
+        tuple(trio.models),
+        records_logits,
+    )
     with torch.inference_mode(), trio.runners(len(rows), capacity) as runners:
         admit(state, runners, rows)
-        streamed = 0
         while len(state):
             step(state, runners, policy, stats)
-            if streamer is not None:
-                for token in rows[0].tokens[streamed:]:
-                    streamer.put(torch.tensor([token]))
-                streamed = len(rows[0].tokens)
-        seconds = {runner.role: runner.timer.total for runner in runners}
+            feed.advance()
+        seconds: dict[str, float] = {}
+        for role, runner in runners.by_role.items():
+            name = role.rstrip("_0123456789")
+            seconds[name] = seconds.get(name, 0.0) + runner.timer.total
     stats.token_sources = [row.sources for row in rows]
     total = perf_counter() - began
     stats.seconds = {"total": total, **seconds, "other": total - sum(seconds.values())}
     return stats
+
+
+def _stopping_criteria(options: GenerationOptions) -> list[Any]:
+    """Transformers' own criteria for times and stop strings, then the caller's."""
+    criteria: list[Any] = []
+    if options.max_time is not None:
+        criteria.append(MaxTimeCriteria(options.max_time))
+    if options.stop_strings is not None:
+        criteria.append(StopStringCriteria(options.tokenizer, options.stop_strings))
+    return [*criteria, *options.stopping_criteria]
+
+
+def _recorded(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
+    """Per new token float32 [B, V]; NaN where a row had ended."""
+    width = max((line.shape[0] for row in rows for line in row), default=0)
+    if width == 0:
+        return ()  # every row failed at its first token
+    device = next(line.device for row in rows for line in row)
+    ended = torch.full((width,), torch.nan, device=device)
+    steps = max(map(len, rows))
+    # Copies, since what inference mode made could not take part in a caller's gradients.
+    return tuple(torch.stack([row[t].clone() if t < len(row) else ended for row in rows]) for t in range(steps))
 
 
 def _sequences(input_ids: Tensor, rows: list[Row], pad: int) -> Tensor:
@@ -137,16 +205,12 @@ def _sequences(input_ids: Tensor, rows: list[Row], pad: int) -> Tensor:
     return torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
 
 
-def _refuse_unknown(unknown: dict[str, Any]) -> None:
-    for name, value in unknown.items():
-        remedy = _UNSUPPORTED.get(name, "it is not an argument of generate(); remove it")
-        raise ConfigurationError(f"{name}={value!r}: {remedy}.")
-
-
-def _eos_ids(trio: Trio, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+def _eos_ids(trio: Trio, eos_token_id: int | Sequence[int] | Tensor | None) -> frozenset[int]:
     if eos_token_id is None:
         return trio.eos_token_ids()
-    ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    if isinstance(eos_token_id, Tensor):
+        eos_token_id = eos_token_id.tolist()
+    ids = list(eos_token_id) if isinstance(eos_token_id, Iterable) else [eos_token_id]
     return frozenset(check_integer("eos_token_id", i, 0, "give token ids") for i in ids)
 
 
@@ -202,7 +266,6 @@ def _role_prompt_rows(
     attention_mask: Tensor | None,
     pad: int,
     eos: frozenset[int],
-    batch: int,
 ) -> list[list[int]]:
     """A role's own prompts, or the base's where it has none."""
     name = f"{role}_input_ids"
@@ -211,14 +274,13 @@ def _role_prompt_rows(
             raise PromptError(f"{role}_attention_mask was given without {name}; give both or neither.")
         return _prompt_rows(trio, role, "input_ids", input_ids, attention_mask, pad, eos)
     rows = _prompt_rows(trio, role, name, ids, mask, pad, eos)
-    if len(rows) != batch:
-        raise PromptError(f"{name} has {len(rows)} rows, input_ids has {batch}; give one prompt per row.")
+    if len(rows) != len(input_ids):
+        raise PromptError(f"{name} has {len(rows)} rows, input_ids has {len(input_ids)}; give one prompt per row.")
     return rows
 
 
 def _check_lengths(trio: Trio, prompts: dict[str, list[list[int]]], max_new_tokens: int) -> None:
-    for role in ROLES:
-        limit = trio.position_limits[role]
+    for role, limit in trio.position_limits.items():
         longest = max(map(len, prompts[role]))
         if limit is not None and longest + max_new_tokens > limit:
             raise PromptError(
@@ -227,14 +289,31 @@ def _check_lengths(trio: Trio, prompts: dict[str, list[list[int]]], max_new_toke
             )
 
 
-def _alphas(alpha: float | Sequence[float] | Tensor, batch: int) -> list[float]:
-    if isinstance(alpha, Tensor):
-        alpha = alpha.tolist()
-    if not isinstance(alpha, Sequence):
-        return [check_alpha(alpha)] * batch
-    if len(alpha) != batch:
-        raise ConfigurationError(f"alpha has {len(alpha)} values for {batch} rows; give one number, or one per row.")
-    return [check_alpha(value) for value in alpha]
+def _alphas(
+    trio: Trio, alpha: float | Sequence[float] | Tensor | None, batch: int, copies: int
+) -> list[tuple[float, ...]]:
+    """Strength of every pair, per row. A number or one per row is that of the first pair; [B, pairs] gives all."""
+    defaults = tuple(pair.alpha for pair in trio.pairs)
+    values = alpha.tolist() if isinstance(alpha, Tensor) else alpha
+    if values is None:
+        return [defaults] * batch
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        return [(check_alpha(values), *defaults[1:])] * batch
+    if len(values) * copies == batch:
+        values = [value for value in values for _ in range(copies)]  # one per prompt
+    if len(values) != batch:
+        raise ConfigurationError(f"alpha has {len(values)} values for {batch} rows; give one number, or one per row.")
+    rows: list[tuple[float, ...]] = []
+    for value in values:
+        if not isinstance(value, Sequence):
+            rows.append((check_alpha(value), *defaults[1:]))
+        elif len(value) == len(defaults):
+            rows.append(tuple(map(check_alpha, value)))
+        else:
+            raise ConfigurationError(
+                f"alpha has {len(value)} values in a row for {len(defaults)} pairs; give one per pair."
+            )
+    return rows
 
 
 def _row_keys(

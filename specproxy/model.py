@@ -9,18 +9,21 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import logging as transformers_logging
 
 from specproxy import demo
-from specproxy.config import SamplingParameters, SpeculationParameters, check_alpha
+from specproxy.chat import ChatReply, ChatTemplate, check_messages, render_prompt
+from specproxy.config import check_alpha
+from specproxy.errors import ConfigurationError
 from specproxy.generate import GenerateOutput, generate
-from specproxy.state import ANTI_EXPERT, BASE, EXPERT, ROLES
+from specproxy.options import parse_options
+from specproxy.state import ANTI_EXPERT, BASE, EXPERT
 from specproxy.trio import Trio
 from specproxy_kernels import LogitPair, combine_logits
 
-__all__ = ["ProxyTunedModel"]
+__all__ = ["ProxyTunedModel", "find_tokenizer"]
 
 
 class ProxyTunedModel:
@@ -36,6 +39,8 @@ class ProxyTunedModel:
         tokenizer: of the base; names the ids that may be generated. Without any tokenizer these are all ids below the
             smallest logit width.
         alpha: proxy strength, any finite number; 0 is the base alone.
+        further_pairs: (expert, anti_expert, alpha) of pairs beyond the first, each adding its own difference; the
+            first pair's expert drafts.
         expert_tokenizer, anti_expert_tokenizer: where given, checked against `tokenizer`.
 
     Raises:
@@ -63,14 +68,17 @@ class ProxyTunedModel:
         *,
         expert_tokenizer: Any = None,
         anti_expert_tokenizer: Any = None,
+        further_pairs: Sequence[tuple[PreTrainedModel, PreTrainedModel, float]] = (),
     ) -> None:
-        self.alpha = check_alpha(alpha)
         self.tokenizer = tokenizer
+        self.expert_tokenizer = expert_tokenizer if expert_tokenizer is not None else tokenizer
         self._trio = Trio(
             base,
             expert,
             anti_expert,
             {BASE: tokenizer, EXPERT: expert_tokenizer, ANTI_EXPERT: anti_expert_tokenizer},
+            alpha,
+            further_pairs,
         )
 
     @classmethod
@@ -113,14 +121,14 @@ class ProxyTunedModel:
         shared = {name: value for name, value in shared.items() if value is not None}
         names = {BASE: base, EXPERT: expert, ANTI_EXPERT: anti_expert}
         own = {BASE: base_kwargs, EXPERT: expert_kwargs, ANTI_EXPERT: anti_expert_kwargs}
-        tokenizers = {role: _find_tokenizer(name) for role, name in names.items()}
+        tokenizers = {role: find_tokenizer(name) for role, name in names.items()}
         if tokenizer is not None:
             tokenizers[BASE] = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
         models = {}
         bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
-            for role in track(ROLES, "Loading models", console=Console(stderr=True), disable=not progress):
+            for role in track(names, "Loading models", console=Console(stderr=True), disable=not progress):
                 models[role] = AutoModelForCausalLM.from_pretrained(names[role], **{**shared, **(own[role] or {})})
         finally:
             if bars:
@@ -152,6 +160,11 @@ class ProxyTunedModel:
         return cls(**demo.load(task, device=device, dtype=dtype))
 
     @property
+    def alpha(self) -> float:
+        """Strength of the first pair."""
+        return self._trio.pairs[0].alpha
+
+    @property
     def base(self) -> PreTrainedModel:
         """The large untuned model."""
         return self._trio.models[BASE]
@@ -181,6 +194,29 @@ class ProxyTunedModel:
         """Of the base's weights."""
         return self.base.dtype
 
+    @property
+    def config(self) -> Any:
+        """The base's configuration."""
+        return self.base.config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """End and pad ids as `generate` uses them, and Transformers' defaults otherwise."""
+        eos = sorted(self._trio.eos_token_ids())
+        return GenerationConfig(eos_token_id=eos or None, pad_token_id=self._trio.pad_token_id())
+
+    input_modalities = output_modalities = ("text",)  # what Transformers' pipelines print of a model
+
+    def can_generate(self) -> bool:
+        """True: Transformers' pipelines ask."""
+        return True
+
+    def to(self, device: str | torch.device) -> ProxyTunedModel:
+        """Move all models, in place."""
+        for model in self._trio.models.values():
+            model.to(device)
+        return self
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> CausalLMOutput:
         """Combined logits of whole sequences, by one plain forward of each model.
 
@@ -192,16 +228,25 @@ class ProxyTunedModel:
             `.logits`: [B, S, V] in float32, or in the models' dtype where that is wider; -inf at ids that are not
             shared.
         """
+        masked: dict[str, Tensor] = {}
+        if attention_mask is not None:
+            # Positions count tokens, not padding: learned positions would shift otherwise.
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            masked = {"attention_mask": attention_mask, "position_ids": position_ids}
         logits = {
             role: model(
                 input_ids=input_ids.to(model.device),
-                attention_mask=None if attention_mask is None else attention_mask.to(model.device),
+                **{name: value.to(model.device) for name, value in masked.items()},
             ).logits.to(self.device)
             for role, model in self._trio.models.items()
         }
-        alpha = torch.full(input_ids.shape, self.alpha, dtype=torch.float64, device=self.device)
-        pair = LogitPair(logits[EXPERT], logits[ANTI_EXPERT], alpha)
-        combined, _ = combine_logits(logits[BASE], [pair], self.vocab_size, self._trio.vocabulary.allowed)
+        strength = torch.ones(input_ids.shape, dtype=torch.float64, device=self.device)
+        pairs = [
+            LogitPair(logits[pair.expert], logits[pair.anti_expert], pair.alpha * strength) for pair in self._trio.pairs
+        ]
+        allowed = self._trio.vocabulary.allowed
+        allowed = None if allowed is None else allowed.to(self.device)
+        combined, _ = combine_logits(logits[BASE], pairs, self.vocab_size, allowed)
         return CausalLMOutput(logits=combined)
 
     __call__ = forward
@@ -211,13 +256,14 @@ class ProxyTunedModel:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        max_new_tokens: int = 20,
-        do_sample: bool = False,
-        temperature: float | None = 1.0,
-        top_k: int | None = 50,
-        top_p: float | None = 1.0,
+        generation_config: GenerationConfig | None = None,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         min_p: float | None = None,
-        repetition_penalty: float | None = 1.0,
+        repetition_penalty: float | None = None,
         num_draft_tokens: int | Literal["auto"] = 4,
         acceptance: str = "rejection",
         seed: int | Sequence[int] | Tensor | None = None,
@@ -227,67 +273,140 @@ class ProxyTunedModel:
         expert_attention_mask: Tensor | None = None,
         anti_expert_input_ids: Tensor | None = None,
         anti_expert_attention_mask: Tensor | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
         streamer: Any = None,
-        return_dict_in_generate: bool = False,
-        **unknown: Any,
+        return_dict_in_generate: bool | None = None,
+        **transformers_arguments: Any,
     ) -> Tensor | GenerateOutput:
         """Generate exactly as per-step proxy-tuning would, several tokens a cycle.
+
+        A value that is not given comes from `generation_config`, else it is Transformers' default. The models' own
+        generation configurations supply end and pad ids alone.
 
         Args:
             input_ids: int64 [B, S], prompts, padded on the left where their lengths differ.
             attention_mask: [B, S], 1 for tokens, 0 for padding; without it leading pad ids are padding.
-            max_new_tokens: tokens per row, at least 1.
-            do_sample: draw from the target law; greedy otherwise.
-            temperature, top_k, top_p, min_p, repetition_penalty: the warp, in Hugging Face's order and with its
-                defaults; ties at a filter's boundary are kept. `top_k=0` keeps every token.
+            generation_config: a `transformers.GenerationConfig` with further defaults.
+            max_new_tokens: tokens per row, at least 1; 20 unless max_length says otherwise.
+            do_sample: draw from the target law; greedy by default.
+            temperature, top_k, top_p, min_p, repetition_penalty: the warp, in Transformers' order and with its
+                defaults (1.0, 50, 1.0, none, 1.0); ties at a filter's boundary are kept. `top_k=0` keeps every token.
             num_draft_tokens: drafts per cycle; 0 is exact per-step decoding, "auto" follows acceptance and measured
                 cost.
             acceptance: "rejection", "block" or "coupled" (the tokens of per-step decoding with the same seed).
             seed: an int for the call, or one per row; then a row's tokens depend on its own seed alone.
             generator: where the rows' keys come from without a seed; torch's global generator by default.
-            alpha: overrides the model's, for the call or per row.
+            alpha: overrides the first pair's strength, for the call or per row; [B, pairs] overrides all.
             expert_input_ids, anti_expert_input_ids: a role's own prompts [B, S'], else it reads `input_ids`.
             expert_attention_mask, anti_expert_attention_mask: their masks.
-            eos_token_id: ids that end a row; by default those of base's and expert's generation configurations.
-            pad_token_id: fills finished rows; by default the base's, else the first end id.
-            streamer: gets the prompt, then every token; single prompts only.
+            streamer: one of Transformers' (one sequence) or a `RowStreamer`.
             return_dict_in_generate: return a `GenerateOutput` instead of a tensor.
+            transformers_arguments: under their names in Transformers: min_new_tokens, max_length, min_length, max_time,
+                stop_strings, tokenizer, eos_token_id, pad_token_id, num_return_sequences, output_scores, output_logits,
+                typical_p, epsilon_cutoff, eta_cutoff, top_h, no_repeat_ngram_size, bad_words_ids, suppress_tokens,
+                begin_suppress_tokens, sequence_bias, exponential_decay_length_penalty, forced_bos_token_id,
+                forced_eos_token_id, remove_invalid_values, renormalize_logits, prefix_allowed_tokens_fn,
+                logits_processor and stopping_criteria (pure functions, called per row with that row's unpadded prefix
+                [1, L]).
 
         Returns:
-            int64 [B, S + new], or a `GenerateOutput` with `sequences` and `speculation`.
+            int64 [B * num_return_sequences, S + new], or a `GenerateOutput` with `sequences`, `speculation` and, where
+            asked for, `scores` (processed and warped) and `logits` (combined), float32 [B, V] per new token, NaN after
+            a row's end.
 
         Raises:
-            ConfigurationError: an argument's value, or an unknown keyword.
+            ConfigurationError: an argument's value, or an unknown or unsupported keyword.
             PromptError: a prompt or mask.
             LogitsError: a model returned logits that no token can be drawn from; other rows are in its `partial`.
         """
+        given = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "return_dict_in_generate": return_dict_in_generate,
+            **transformers_arguments,
+        }
+        options = parse_options(given, generation_config, num_draft_tokens, acceptance, self.tokenizer)
         output = generate(
             self._trio,
             input_ids,
             attention_mask,
-            sampling=SamplingParameters(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
-            speculation=SpeculationParameters(num_draft_tokens, acceptance),
-            max_new_tokens=max_new_tokens,
-            alpha=self.alpha if alpha is None else alpha,
+            options=options,
+            alpha=alpha,
             seed=seed,
             generator=generator,
             role_prompts={
                 EXPERT: (expert_input_ids, expert_attention_mask),
                 ANTI_EXPERT: (anti_expert_input_ids, anti_expert_attention_mask),
             },
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
             streamer=streamer,
-            unknown=unknown,
         )
-        return output if return_dict_in_generate else output.sequences
+        return output if options.return_dict_in_generate else output.sequences
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        base_template: ChatTemplate | None = None,
+        expert_template: ChatTemplate | None = None,
+        anti_expert_template: ChatTemplate | None = None,
+        max_new_tokens: int = 256,
+        **arguments: Any,
+    ) -> ChatReply:
+        """Answer a conversation; pass the reply's `messages` on for the next turn.
+
+        Args:
+            messages: dictionaries with "role" ("system", "user" or "assistant") and "content", ending with the user's
+                turn.
+            base_template: "chat" (its tokenizer's template), "raw" (the contents alone), a Jinja template, or a
+                function from messages to text; by default "chat" where the tokenizer has a template, else "raw".
+            expert_template: likewise, with the expert's tokenizer.
+            anti_expert_template: likewise; by default what the base reads.
+            max_new_tokens: of the answer.
+            arguments: of `generate`.
+
+        Raises:
+            PromptError: a malformed conversation.
+            ConfigurationError: no tokenizer, or "chat" without a template.
+        """
+        if self.tokenizer is None:
+            raise ConfigurationError("tokenizer=None: chat needs text; construct the model with a tokenizer.")
+        conversation = check_messages(messages)
+        base = render_prompt(conversation, base_template, self.tokenizer, "base_template")
+        prompts = {
+            "": base,
+            "expert_": render_prompt(conversation, expert_template, self.expert_tokenizer, "expert_template"),
+            "anti_expert_": base
+            if anti_expert_template is None
+            else render_prompt(conversation, anti_expert_template, self.tokenizer, "anti_expert_template"),
+        }
+        for prefix, (prompt, adds_special_tokens) in prompts.items():
+            tokenizer = self.expert_tokenizer if prefix == "expert_" else self.tokenizer
+            encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=adds_special_tokens)
+            arguments[f"{prefix}input_ids"] = encoded.input_ids.to(self.device)
+            arguments[f"{prefix}attention_mask"] = torch.ones_like(arguments[f"{prefix}input_ids"])
+        arguments["return_dict_in_generate"] = True
+        output = self.generate(max_new_tokens=max_new_tokens, **arguments)
+        assert isinstance(output, GenerateOutput)
+        new = output.sequences[0, arguments["input_ids"].shape[1] :]
+        text = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
+        return ChatReply(text, [*conversation, {"role": "assistant", "content": text}], output)
 
 
-def _find_tokenizer(name: str) -> Any:
-    """The tokenizer beside a model, or None where there is none."""
+def find_tokenizer(name: str) -> Any:
+    """The tokenizer beside a model, or None where there is none.
+
+    For some architectures Transformers makes one of special tokens alone where it finds no file; that is none.
+
+    Args:
+        name: a folder or hub id.
+    """
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError):
         return None
+    ordinary = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+    return tokenizer if ordinary else None

@@ -98,6 +98,7 @@ class Runner:
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.cache = RaggedCache(max_rows, self.device)
         self.timer = ForwardTimer()
+        self.max_positions = position_limit(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._checked = False
 

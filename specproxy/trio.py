@@ -2,56 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from specproxy.attention import borrowed
+from specproxy.config import check_alpha
 from specproxy.runner import Runner, check_supported, logits_width, position_limit
-from specproxy.state import ANTI_EXPERT, BASE, EXPERT, ROLES
+from specproxy.state import ANTI_EXPERT, BASE, EXPERT
 from specproxy.vocab import share_vocabulary
 
 __all__ = ["Trio", "TrioRunners"]
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Roles of one expert and its anti-expert, and the pair's strength."""
+
+    expert: str
+    anti_expert: str
+    alpha: float
+
+
 class TrioRunners:
-    """The three runners of one decode, whose rows stay in step.
+    """The runners of one decode, whose rows stay in step.
 
     Args:
         models: per role, its model.
+        pairs: roles of the pairs; the first one's expert drafts.
         max_rows: rows of every cache.
         capacity: positions to make room for at once.
     """
 
-    def __init__(self, models: dict[str, PreTrainedModel], max_rows: int, capacity: int) -> None:
-        self.base = Runner(models[BASE], BASE, max_rows)
-        self.expert = Runner(models[EXPERT], EXPERT, max_rows)
-        self.anti_expert = Runner(models[ANTI_EXPERT], ANTI_EXPERT, max_rows)
+    def __init__(self, models: dict[str, PreTrainedModel], pairs: list[Pair], max_rows: int, capacity: int) -> None:
+        self.pairs = pairs
+        self.by_role = {role: Runner(model, role, max_rows) for role, model in models.items()}
+        self.base, self.expert, self.anti_expert = (self.by_role[role] for role in (BASE, EXPERT, ANTI_EXPERT))
         for runner in self:
             runner.cache.reserve(capacity)
 
     def __iter__(self) -> Iterator[Runner]:
-        return iter((self.base, self.expert, self.anti_expert))
+        return iter(self.by_role.values())
 
     def room(self, count: int) -> int:
         """Positions that every active row of every role may still take, after its committed ones."""
         rooms = [
-            limit - max(runner.cache.host_lengths[:count])
+            runner.max_positions - max(runner.cache.host_lengths[:count])
             for runner in self
-            if (limit := position_limit(runner.model)) is not None
+            if runner.max_positions is not None
         ]
         return min(rooms, default=2**31)
 
 
 class Trio:
-    """Three loaded models that share a vocabulary.
+    """A base and one or several pairs of loaded models that share a vocabulary.
 
     Args:
         base, expert, anti_expert: Transformers causal language models; two roles may be one object.
         tokenizers: per role, a tokenizer or None.
+        alpha: strength of the pair.
+        further_pairs: (expert, anti_expert, alpha) of pairs beyond the first; their roles are expert_2, anti_expert_2,
+            ...
 
     Raises:
         UnsupportedModelError: for an architecture that cannot run here.
@@ -59,9 +74,20 @@ class Trio:
     """
 
     def __init__(
-        self, base: PreTrainedModel, expert: PreTrainedModel, anti_expert: PreTrainedModel, tokenizers: dict[str, Any]
+        self,
+        base: PreTrainedModel,
+        expert: PreTrainedModel,
+        anti_expert: PreTrainedModel,
+        tokenizers: dict[str, Any],
+        alpha: float = 1.0,
+        further_pairs: Sequence[tuple[PreTrainedModel, PreTrainedModel, float]] = (),
     ) -> None:
         self.models = {BASE: base, EXPERT: expert, ANTI_EXPERT: anti_expert}
+        self.pairs = [Pair(EXPERT, ANTI_EXPERT, check_alpha(alpha))]
+        for i, (further_expert, further_anti_expert, further_alpha) in enumerate(further_pairs, start=2):
+            pair = Pair(f"{EXPERT}_{i}", f"{ANTI_EXPERT}_{i}", check_alpha(further_alpha))
+            self.models |= {pair.expert: further_expert, pair.anti_expert: further_anti_expert}
+            self.pairs.append(pair)
         for role, model in self.models.items():
             check_supported(model, role)
         self.widths = {role: logits_width(model) for role, model in self.models.items()}
@@ -97,5 +123,5 @@ class Trio:
     @contextmanager
     def runners(self, max_rows: int, capacity: int) -> Iterator[TrioRunners]:
         """Borrow the models for one decode; on leaving they are as they were."""
-        with borrowed(self.models[role] for role in ROLES):
-            yield TrioRunners(self.models, max_rows, capacity)
+        with borrowed(self.models.values()):
+            yield TrioRunners(self.models, self.pairs, max_rows, capacity)

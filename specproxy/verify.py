@@ -1,65 +1,106 @@
-"""Scoring a window: one forward of the base and one of the anti-expert over all W positions.
+"""Scoring a window: one forward of the base and one of every further model over all W positions.
 
-The anti-expert never steps: it proposes nothing. The expert's logits come from drafting; its step at the bonus
+The anti-expert never steps: it proposes nothing. The drafting expert's logits come from drafting; its step at the bonus
 position is run by `bonus_step`, only where some row reaches that position.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
 import torch
 from torch import Tensor
 
-from specproxy.state import ANTI_EXPERT, BASE, EXPERT, DecodeState, Draft
-from specproxy.trio import TrioRunners
-from specproxy_kernels import LogitPair
+from specproxy.state import BASE, EXPERT, DecodeState, Draft
+from specproxy.trio import Pair, TrioRunners
+from specproxy_kernels import LogitPair, combine_logits, pair_at, warp_law
 
 __all__ = ["WindowLogits", "bonus_step", "score_window"]
 
 
 @dataclass
 class WindowLogits:
-    """Raw logits of a window: base and anti-expert [B, W, .], expert [B, G or W, .] or None; alpha [B, W]."""
+    """Raw logits of a window, per role [B, W, .]; the drafting expert's reach as far as it has stepped, G or W.
 
-    base: Tensor
-    anti_expert: Tensor
-    expert: Tensor | None
-    alpha: Tensor
+    `combined`, `processed` and `scores`, [B, <= W, V], are filled by `resolve` where Python needs to see them.
+    """
+
+    by_role: dict[str, Tensor]
+    pair_roles: list[Pair]
+    alpha: Tensor  # [B, pairs]
+    window: int
+    combined: Tensor = field(default_factory=lambda: torch.empty(0))
+    processed: Tensor = field(default_factory=lambda: torch.empty(0))
+    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def base(self) -> Tensor:
+        """The base's logits [B, W, V_base]."""
+        return self.by_role[BASE]
+
+    @property
+    def num_scored(self) -> int:
+        """Positions at which every model's logits are there."""
+        return self.by_role[EXPERT].shape[1] if EXPERT in self.by_role else 0
 
     def pairs(self) -> list[LogitPair]:
-        """The pairs of the logit arithmetic, as far as the expert's logits reach."""
-        expert = self.anti_expert[:, :0] if self.expert is None else self.expert
-        return [LogitPair(expert, self.anti_expert, self.alpha)]
+        """The pairs of the logit arithmetic, as far as the drafting expert's logits reach."""
+        not_yet = self.base[:, :0]
+        return [
+            LogitPair(
+                self.by_role.get(pair.expert, not_yet),
+                self.by_role[pair.anti_expert],
+                self.alpha[:, i : i + 1].expand(-1, self.window),
+            )
+            for i, pair in enumerate(self.pair_roles)
+        ]
+
+    def resolve(self, state: DecodeState, drafts: Tensor) -> None:
+        """Combine, process and warp the positions that have been scored since the last call."""
+        first, last = (self.combined.shape[1] if self.combined.ndim == 3 else 0), self.num_scored
+        if first == last and first > 0:
+            return
+        here = slice(first, last)
+        pairs = [pair_at(pair, here) for pair in self.pairs()]
+        combined, bad = combine_logits(self.base[:, here], pairs, state.vocab_size, state.shared_ids)
+        repairs = torch.tensor([row.law.removes_invalid for row in state.rows], device=combined.device)
+        combined = combined.masked_fill((bad & ~repairs[:, None])[..., None], torch.nan)
+        processed = state.process(combined, drafts, first)
+        position = torch.arange(first, last, device=drafts.device).expand(len(state), -1)
+        scores = warp_law(processed, state.warp(self.window), drafts, position).kept()
+        new = (combined, processed, scores)
+        if first:
+            old = (self.combined, self.processed, self.scores)
+            new = tuple(torch.cat([a, b], dim=1) for a, b in zip(old, new, strict=True))  # type: ignore[assignment]
+        self.combined, self.processed, self.scores = new
 
     def unusable_roles(self, row: int, position: int) -> list[str]:
-        """Roles whose logits of one position hold NaN or +inf, or -inf in the anti-expert alone."""
-        by_role = {BASE: self.base, EXPERT: self.expert, ANTI_EXPERT: self.anti_expert}
-        lines = {role: logits[row, position] for role, logits in by_role.items() if logits is not None}
+        """Roles whose logits of one position hold NaN or +inf; the anti-experts where it is their -inf alone."""
+        lines = {role: logits[row, position] for role, logits in self.by_role.items()}
         roles = [role for role, line in lines.items() if bool((line.isnan() | (line == inf)).any())]
-        return roles or [ANTI_EXPERT]
+        return roles or [pair.anti_expert for pair in self.pair_roles]
 
 
 def score_window(state: DecodeState, runners: TrioRunners, draft: Draft) -> WindowLogits:
-    """Logits of base and anti-expert over the pending token and the drafts.
+    """Logits of every model but the drafting expert over the pending token and the drafts.
 
     Args:
         state: the rows in flight.
-        runners: of the trio; the caches of base and anti-expert are written, their lengths stay.
+        runners: of the trio; the caches of the models that run are written, their lengths stay.
         draft: of this cycle.
     """
-    window = {
-        role: torch.cat([state.pending[role][:, None], draft.tokens], dim=1)  # [B, W]
-        for role in (BASE, ANTI_EXPERT)
-    }
-    base = runners.base.forward(window[BASE]).to(state.device)
-    anti_expert = runners.anti_expert.forward(window[ANTI_EXPERT]).to(state.device)
-    return WindowLogits(base, anti_expert, draft.expert_logits, state.alpha[:, None].expand(-1, draft.count + 1))
+    by_role = {} if draft.expert_logits is None else {EXPERT: draft.expert_logits}
+    for role, runner in runners.by_role.items():
+        if role != EXPERT:
+            window = torch.cat([state.pending[role][:, None], draft.tokens], dim=1)  # [B, W]
+            by_role[role] = runner.forward(window).to(state.device)
+    return WindowLogits(by_role, runners.pairs, state.alpha, draft.count + 1)
 
 
 def bonus_step(state: DecodeState, runners: TrioRunners, draft: Draft, window: WindowLogits) -> None:
-    """Run the expert at the bonus position and complete `window` with its logits."""
+    """Run the drafting expert at the bonus position and complete `window` with its logits."""
     token = draft.tokens[:, -1:] if draft.count else state.pending[EXPERT][:, None]
     logits = runners.expert.forward(token, offset=draft.count).to(state.device)
-    window.expert = logits if window.expert is None else torch.cat([window.expert, logits], dim=1)
+    drafted = window.by_role.get(EXPERT)
+    window.by_role[EXPERT] = logits if drafted is None else torch.cat([drafted, logits], dim=1)

@@ -75,7 +75,7 @@ def test_alpha(model, value):
         ProxyTunedModel(*tiny.shared_trio("llama").models, alpha=value)
 
 
-@pytest.mark.parametrize("value", [0, -3, 1.5, True, "5", None])
+@pytest.mark.parametrize("value", [0, -3, 1.5, True, "5"])
 def test_max_new_tokens(model, value):
     with fails(ConfigurationError, "max_new_tokens", repr(value)):
         model.generate(IDS, max_new_tokens=value)
@@ -119,7 +119,7 @@ def test_unhashable_acceptance(model):
         model.generate(IDS, acceptance=["rejection"])
 
 
-@pytest.mark.parametrize("value", ["yes", 1, None])
+@pytest.mark.parametrize("value", ["yes", 1])
 def test_do_sample(model, value):
     with fails(ConfigurationError, "do_sample", repr(value)):
         model.generate(IDS, do_sample=value)
@@ -142,7 +142,7 @@ def test_unknown_keywords(model, name):
         model.generate(IDS, **{name: 3})
 
 
-@pytest.mark.parametrize("value", [1, 2])
+@pytest.mark.parametrize("value", [2, 5])
 def test_beams_are_refused_as_such(model, value):
     with fails(ConfigurationError, "num_beams", "beam"):
         model.generate(IDS, num_beams=value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -18,8 +19,9 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from specproxy import cli, demo
-from specproxy.cli_report import Comparison, print_report, split_tokens
+from specproxy import cli, demo, options
+from specproxy.commands import generate as command
+from specproxy.commands.report import Comparison, print_report, split_tokens
 from specproxy.model import ProxyTunedModel
 from specproxy.stats import SpeculationStats
 from specproxy.version import __version__
@@ -208,7 +210,10 @@ def test_stream_with_stats(run: Run, seen: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "kwargs"),
     [
-        ((), {"do_sample": False, "num_draft_tokens": 4, "acceptance": "rejection", "alpha": None}),
+        (
+            (),
+            {"do_sample": False, "num_draft_tokens": 4, "acceptance": "rejection", "alpha": None, "stop_strings": None},
+        ),
         (("--num-draft-tokens", "2"), {"num_draft_tokens": 2}),
         (("--num-draft-tokens", "auto"), {"num_draft_tokens": "auto"}),
         (("--acceptance", "block"), {"acceptance": "block"}),
@@ -220,6 +225,9 @@ def test_stream_with_stats(run: Run, seen: list[dict[str, Any]]) -> None:
         (("--do-sample", "--top-k", "0", "--top-p", "0.9", "--min-p", "0.1"), {"top_k": 0, "top_p": 0.9, "min_p": 0.1}),
         (("--greedy", "--top-k", "5"), {"do_sample": False, "top_k": 5}),
         (("--repetition-penalty", "1.3"), {"do_sample": False, "repetition_penalty": 1.3}),
+        (("--no-repeat-ngram-size", "2"), {"no_repeat_ngram_size": 2}),
+        (("--min-new-tokens", "4"), {"min_new_tokens": 4}),
+        (("--stop", "x", "--stop", "yz"), {"stop_strings": ["x", "yz"]}),
     ],
 )
 def test_options_reach_generate(
@@ -284,6 +292,8 @@ TRIO = ("--base", "b", "--expert", "e", "--anti-expert", "a")
         (("generate", "--max-new-tokens", "0"), "max_new_tokens=0"),
         (("generate", "--max-new-tokens", "400"), "exceeds its 256 positions"),
         (("generate", "--alpha", "nan"), "alpha=nan"),
+        (("generate", "--min-new-tokens", "129"), "min_new_tokens=129 exceeds max_new_tokens=128"),
+        (("generate", "--stop", ""), "stop_strings=['']"),
         (("generate", "--device", "abacus"), "--device=abacus cannot be used"),
         (("generate", ""), "the prompt is empty"),
         (("generate", "-"), "the prompt is empty"),
@@ -360,13 +370,13 @@ def test_stats_show_everything(run: Run) -> None:
 def test_stats_time_pairs_after_a_warm_up(run: Run, seen: list[dict[str, Any]]) -> None:
     run(*SHORT, "Hello", "--stats", "--num-draft-tokens", "3")
     counts = [call["num_draft_tokens"] for call in seen[1:]]
-    assert len(counts) == 2 * (cli.REPEATS + 1)
+    assert len(counts) == 2 * (command.REPEATS + 1)
     pairs = [tuple(counts[i : i + 2]) for i in range(0, len(counts), 2)]
     assert set(pairs) == {(0, 3), (3, 0)}  # the order alternates
 
 
 def test_stats_do_not_time_for_long(run: Run, seen: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "TIME_LIMIT", 0.0)
+    monkeypatch.setattr(command, "TIME_LIMIT", 0.0)
     code, out, _ = run(*SHORT, "Hello", "--stats")
     assert code == 0 and "median ratio, 1 pairs timed" in out and len(seen) == 5
 
@@ -421,19 +431,59 @@ def test_pieces_hold_back_unfinished_characters(tokenizer: PreTrainedTokenizerFa
 # What README.md shows.
 
 
-def test_readme_example_runs(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    exec(blocks[0], {})
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES_OF_README = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES_OF_README)))
+def test_readme_example_runs(
+    tiny: Any, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    example = EXAMPLES_OF_README[number]
+    for placeholder, name in (("large-base", "base"), ("small-tuned", "expert-python"), ("small-base", "anti-expert")):
+        example = example.replace(f"path/or/name/of-{placeholder}", str(folder / name))
+    scope: dict[str, Any] = {}
+    exec(example, scope)
     lines = capsys.readouterr().out.splitlines()
-    rate, length = map(float, lines[-1].split())
-    assert lines[0].startswith("Question:") and 0 <= rate <= 1 <= length <= 5
+    if number == 0:
+        rate, length = map(float, lines[-1].split())
+        assert lines[0].startswith("Question:") and 0 <= rate <= 1 <= length <= 5
+    elif "of-large-base" in EXAMPLES_OF_README[number]:
+        assert scope["model"].dtype == torch.bfloat16
+    elif "reply" in scope:
+        assert lines[-1].split()[0] == "4" and len(scope["reply"].messages) == 4
+    elif "both" in scope:
+        assert len(scope["both"].generate(scope["ids"], max_new_tokens=2)) == 2
+    elif "streamer" in scope:
+        assert {"0 is complete", "1 is complete"} <= set(lines)
+    elif "pipe" in scope:
+        assert lines[-1].count("generated_text") == 2
+    else:
+        trio, out = scope["trio"], scope["out"]
+        arguments = {"seed": 1, "do_sample": True, "acceptance": "coupled"} if "method" in scope else {}
+        arguments = arguments or {"stop_strings": ["\n\n"]}
+        assert torch.equal(out, trio.generate(**scope["inputs"], max_new_tokens=48, **arguments))
 
 
-def test_readme_names_options_that_exist(run: Run) -> None:
-    lines = re.findall(r"specproxy generate .*", (ROOT / "README.md").read_text(encoding="utf-8"))
-    _, out, _ = run("generate", "--help")
-    assert len(lines) >= 4
+def test_readme_has_every_kind_of_example() -> None:
+    assert len(EXAMPLES_OF_README) == 8
+    for name in ("from_pretrained", "chat(", "further_pairs", "RowStreamer", "custom_generate(", "pipeline("):
+        assert sum(name in example for example in EXAMPLES_OF_README) == 1, name
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "check"])
+def test_readme_names_options_that_exist(run: Run, command: str) -> None:
+    lines = re.findall(rf"specproxy {command} .*", README)
+    _, out, _ = run(command, "--help")
+    assert len(lines) >= 1
     assert {option for line in lines for option in re.findall(r"--[a-z-]+", line)} <= set(re.findall(r"--[a-z-]+", out))
+
+
+def test_readme_names_every_argument() -> None:
+    """What is taken and what is refused, from the code that decides it."""
+    names = {*options._FROM_CONFIG, *options._CALLABLES, *options._REFUSED} - {"low_memory", "synced_gpus"}
+    names |= set(inspect.signature(ProxyTunedModel.generate).parameters) - {"self", "transformers_arguments"}
+    assert [name for name in sorted(names - {"use_model_defaults"}) if not re.search(rf"`{name}[`=]", README)] == []
 
 
 # The program as it is started.

@@ -20,9 +20,11 @@ from specproxy_kernels.reference import (
     combine_logits,
     emit_next_token,
     pack_allowed_tokens,
+    pair_at,
     sample_drafts,
     sample_next_token,
     verify_window,
+    warp_law,
 )
 
 __all__ = [
@@ -41,11 +43,13 @@ __all__ = [
     "emit_next_token",
     "gumbel_noise",
     "pack_allowed_tokens",
+    "pair_at",
     "philox",
     "row_keys",
     "sample_drafts",
     "sample_next_token",
     "verify_window",
+    "warp_law",
     "window_attention",
     "window_bias",
 ]

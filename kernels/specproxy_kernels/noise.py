@@ -63,6 +63,7 @@ def philox(counter: Sequence[Tensor], key: Tensor) -> tuple[Tensor, Tensor, Tens
         Four int64 tensors of the broadcast shape, values in [0, 2**32).
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter, key)[:4]
+    key = key.view(*[1] * (c0.ndim - key.ndim), *key.shape)
     rounds = torch.arange(_ROUNDS, device=key.device).view(-1, *[1] * key.ndim)
     weyl = torch.stack([(key & _MASK) + rounds * _WEYL_0, ((key >> 32) & _MASK) + rounds * _WEYL_1], dim=1)
     multiplier = torch.tensor([_MULTIPLIER_0, _MULTIPLIER_1], device=key.device).view(-1, *[1] * c0.ndim)

@@ -211,8 +211,8 @@ def combine_logits(
         base: [B, W, V_base], floating; any strides, V_base >= vocab_size.
         pairs: expert and anti-expert logits with their strengths.
         vocab_size: V; wider logits are cut.
-        allowed: int32 words [B or 1, W or 1, ceil(V / 32)] as in `WarpParameters`; other tokens become -inf. The
-            decode loop leaves it to the warp, which masks drafts alike.
+        allowed: int32 words [B or 1, W or 1, ceil(V / 32)] as in `WarpParameters`; other tokens become -inf. Where
+            Python sees no logits, the decode loop leaves it to the warp, which masks drafts alike.
 
     Returns:
         s: [B, W, V] in promote(float32, inputs); -inf where the base or an expert is -inf.
@@ -343,7 +343,8 @@ def _race(scores: Tensor, noise: Tensor, greedy: Tensor | None) -> Tensor:
     """First argmax [B, W] of scores + Gumbel noise: a draw from softmax(scores); of the scores alone where greedy."""
     if greedy is not None:
         noise = noise.masked_fill(greedy.view(-1, *[1] * (noise.ndim - 1)), 0)
-    return (scores + noise).argmax(-1)
+    # Without the largest score the sum keeps the noise's digits, however small the temperature.
+    return (scores - scores.amax(-1, keepdim=True) + noise).argmax(-1)
 
 
 def sample_drafts(

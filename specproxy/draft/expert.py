@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from specproxy.state import EXPERT, DecodeState, Draft
 from specproxy.trio import TrioRunners
-from specproxy_kernels import DraftLaw, NoiseStream, sample_drafts
+from specproxy_kernels import DraftLaw, NoiseStream, combine_logits, sample_drafts
 
 __all__ = ["draft_with_expert"]
 
@@ -24,10 +25,10 @@ def draft_with_expert(state: DecodeState, runners: TrioRunners, noise: NoiseStre
         The draft, with the expert's logits at window positions 0 .. G - 1.
     """
     batch = len(state)
-    parameters = state.warp
-    assert parameters is not None
+    parameters = state.warp(count + 1)
     drafts = torch.empty(batch, 0, dtype=torch.long, device=state.device)
-    num_drafts = torch.full((batch,), count, dtype=torch.long, device=state.device)
+    # No row drafts past its own budget, so that its tokens do not depend on how long its neighbours go on.
+    num_drafts = torch.tensor([state.num_drafts(row, count) for row in state.rows], device=state.device)
     if count == 0:
         return Draft(drafts, num_drafts, None, None)
     gumbel = None
@@ -35,9 +36,14 @@ def draft_with_expert(state: DecodeState, runners: TrioRunners, noise: NoiseStre
         # The coupled rule reads the bonus token's noise from the same purpose: draw it along.
         gumbel = noise.tokens(count + (state.rule == "coupled"), state.vocab_size)
     laws: list[DraftLaw] = []
+    raw: list[Tensor] = []
     token = state.pending[EXPERT][:, None]
     for i in range(count):
-        logits = runners.expert.forward(token, offset=i).to(state.device)
+        raw.append(runners.expert.forward(token, offset=i).to(state.device))
+        logits = raw[-1]
+        if state.has_processors:
+            logits = combine_logits(logits, [], state.vocab_size, state.shared_ids)[0]
+            logits = state.process(logits, drafts, first=i)
         position = torch.full((batch, 1), i, dtype=torch.long, device=state.device)
         step_noise = None if gumbel is None else gumbel[:, i : i + 1]
         token, law = sample_drafts(logits, parameters, drafts, position, step_noise, state.vocab_size)
@@ -45,4 +51,5 @@ def draft_with_expert(state: DecodeState, runners: TrioRunners, noise: NoiseStre
         laws.append(law)
     tau = None if laws[0].tau is None else torch.cat([law.tau for law in laws if law.tau is not None], dim=1)
     joined = DraftLaw(torch.cat([law.logits for law in laws], dim=1), tau, torch.cat([law.lse for law in laws], dim=1))
-    return Draft(drafts, num_drafts, joined, joined.logits)
+    expert_logits = torch.cat(raw, dim=1) if state.has_processors else joined.logits
+    return Draft(drafts, num_drafts, joined, expert_logits)

@@ -94,8 +94,8 @@ LOOP_MUTANTS = [
     Mutant(
         "draft discarded because of its token",
         "specproxy.draft.expert",
-        "return Draft(drafts, num_drafts, joined, joined.logits)",
-        "return Draft(drafts, (drafts != 0).long().cumprod(-1).sum(-1), joined, joined.logits)",
+        "return Draft(drafts, num_drafts, joined, expert_logits)",
+        "return Draft(drafts, (drafts != 0).long().cumprod(-1).sum(-1), joined, expert_logits)",
     ),
     Mutant(
         "bonus step one position early", "specproxy.verify", "offset=draft.count)", "offset=max(draft.count - 1, 0))"
@@ -103,8 +103,8 @@ LOOP_MUTANTS = [
     Mutant(
         "anti-expert reads one token late",
         "specproxy.verify",
-        "runners.anti_expert.forward(window[ANTI_EXPERT])",
-        "runners.anti_expert.forward(window[ANTI_EXPERT].roll(1, 1))",
+        "by_role[role] = runner.forward(window)",
+        "by_role[role] = runner.forward(window.roll(1, 1) if role != BASE else window)",
     ),
     Mutant(
         "rollback one too few",

@@ -77,7 +77,7 @@ def test_philox_equals_python_integers() -> None:
     assert torch.stack(got, 1).tolist() == want
 
 
-@pytest.mark.parametrize("key_shape", [(1, 3), (2, 1), (2, 3), (4, 2, 3)], ids=str)
+@pytest.mark.parametrize("key_shape", [(), (3,), (1, 3), (2, 1), (2, 3), (4, 2, 3)], ids=str)
 def test_philox_broadcasts_its_key(key_shape: tuple[int, ...]) -> None:
     """The key may have dimensions of size one, and dimensions of its own."""
     counters = [torch.arange(6).view(2, 3) + 100 * i for i in range(4)]

@@ -1,0 +1,298 @@
+"""Speed of a trio against everything it competes with, in one run on one machine.
+
+Ways of decoding, repeat by repeat in alternating order after a warm-up each; ratios are medians of paired repeats:
+
+    per_step           this runtime without drafts
+    draft_G_RULE       this runtime, G drafts a cycle under an acceptance rule
+    plain_loop         three models over Transformers' caches, as written by hand
+    base_runtime, expert_runtime      one model alone over this runtime's cache, attention and sampling
+    base_generate, expert_generate    one model alone by Transformers' generate
+    base_assisted      Transformers' assisted decoding of the base, the expert drafting; one row
+
+The embedded base is about as cheap as its pair, so that `--cost-ratio` or `--base-shape` grows it without changing its
+function (`benchmarks/grow.py`). A table goes to standard error, one JSON line to standard output.
+
+Example:
+    python benchmarks/latency.py --demo arithmetic --cost-ratio 0.1 --num-draft-tokens 4 8 auto --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.calibrate import grow_to_time_ratio
+from benchmarks.decoders import Options, make_decoders
+from benchmarks.grow import SHAPES, cost_parameters, grow, grow_to_cost_ratio, parse_shape
+from benchmarks.measure import ForwardClock, synchroniser
+from benchmarks.prompts import QUESTION, demo_prompts, load_prompts
+from benchmarks.report import plot, print_tables, require_matplotlib
+from benchmarks.runs import Run, run_once, summarise
+from specproxy import ProxyTunedModel, SpecProxyError, __version__
+from specproxy.config import SamplingParameters, SpeculationParameters
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print.
+
+    Returns:
+        The exit code: 0, or 2 after an error, which stands on standard error in one line.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        _check(options)
+        print(json.dumps(measure(options)))
+    except (SpecProxyError, ValueError, OSError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    trio = parser.add_argument_group("trio")
+    trio.add_argument("--demo", choices=["arithmetic", "python"], help="the embedded trio (arithmetic by default)")
+    trio.add_argument("--base", help="folder or hub name; with --expert and --anti-expert")
+    trio.add_argument("--expert")
+    trio.add_argument("--anti-expert")
+    trio.add_argument("--tokenizer", help="by default that beside the base")
+    trio.add_argument("--alpha", type=float, help="proxy strength; the demo's own, or 1")
+    trio.add_argument("--device", default="cpu")
+    trio.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
+    growth = parser.add_argument_group("growth")
+    growth.add_argument("--cost-ratio", type=float, help="grow the base to this cost of a small forward over its own")
+    growth.add_argument("--cost-by", default="time", choices=["time", "parameters"], help="what --cost-ratio means")
+    growth.add_argument(
+        "--grow-by",
+        default="proportions",
+        choices=["proportions", "depth"],
+        help="what --cost-ratio enlarges: width and depth together, or layers alone",
+    )
+    growth.add_argument("--base-shape", help=f"{', '.join(SHAPES)}, or layers=24,hidden=1024,...")
+    growth.add_argument("--pair-shape", help="grow expert and anti-expert as well, before the base")
+    work = parser.add_argument_group("work")
+    work.add_argument("--prompts", type=Path, help="JSON lines with prompt, question or Question")
+    work.add_argument("--template", default=QUESTION, help="what a question is put into at {question}")
+    work.add_argument("--num-prompts", type=int, default=4, help="prompts of a repeat, at most")
+    work.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
+    work.add_argument("--max-new-tokens", type=int, default=96)
+    work.add_argument("--ignore-eos", action="store_true", help="always decode --max-new-tokens")
+    work.add_argument("--do-sample", action="store_true")
+    work.add_argument("--temperature", type=float, default=1.0)
+    work.add_argument("--top-k", type=int, default=0)
+    speculation = parser.add_argument_group("speculation")
+    speculation.add_argument("--num-draft-tokens", nargs="+", default=["4"], metavar="N|auto")
+    speculation.add_argument("--acceptance", nargs="+", default=["rejection"])
+    run = parser.add_argument_group("run")
+    run.add_argument("--repeats", type=int, default=5)
+    run.add_argument("--threads", type=int, help="of torch; its own default otherwise")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="ways of decoding to leave out, by prefix")
+    run.add_argument("--plot", type=Path, help="write a chart of speeds to this PNG file (needs matplotlib)")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Everything that can be known to fail before models are loaded."""
+    own = [options.base, options.expert, options.anti_expert]
+    if any(own) and (options.demo or not all(own)):
+        raise ValueError("give --base, --expert and --anti-expert together, or --demo.")
+    if all(own) and options.prompts is None:
+        raise ValueError("models of your own need --prompts FILE.jsonl.")
+    if options.cost_ratio is not None and options.base_shape is not None:
+        raise ValueError("--cost-ratio and --base-shape exclude each other.")
+    if options.cost_ratio is not None and not 0 < options.cost_ratio < 1:
+        raise ValueError(f"--cost-ratio={options.cost_ratio} must lie between 0 and 1.")
+    for name in ("max_new_tokens", "repeats", "num_prompts"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={getattr(options, name)} must be at least 1.")
+    if min(options.batch_sizes) < 1:
+        raise ValueError(f"--batch-sizes={options.batch_sizes} must be at least 1.")
+    options.num_draft_tokens = [int(n) if n.isdecimal() else n for n in options.num_draft_tokens]
+    if 0 in options.num_draft_tokens:
+        raise ValueError("--num-draft-tokens 0 is per_step, which always runs; leave it out.")
+    for count in options.num_draft_tokens:
+        for rule in options.acceptance:
+            SpeculationParameters(count, rule)
+    SamplingParameters(options.do_sample, options.temperature, options.top_k)
+    for shape in (options.base_shape, options.pair_shape):
+        if shape is not None:
+            parse_shape(shape)
+    if options.plot is not None:
+        require_matplotlib()  # a missing one should be known before the work is done
+    device = torch.device(options.device)
+    torch.empty(0, device=device)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Load, grow, run, report.
+
+    Returns:
+        The record that is printed.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    console = Console(stderr=True)
+    with _quiet():
+        model = _grown(_loaded(options), options)
+        texts = (
+            load_prompts(options.prompts, options.template)[: options.num_prompts]
+            if options.prompts is not None
+            else demo_prompts(options.demo or "arithmetic", options.num_prompts)
+        )
+        prompts = [model.tokenizer(text).input_ids for text in texts]
+        record: dict[str, Any] = {
+            "models": {role: _described(getattr(model, role)) for role in ("base", "expert", "anti_expert")},
+            "parameter_ratio": cost_parameters(model.expert) / cost_parameters(model.base),
+            "alpha": model.alpha,
+            "num_prompts": len(prompts),
+            "batches": [_measure_batch(model, prompts, size, options, console) for size in options.batch_sizes],
+        }
+    record["arguments"] = {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
+    }
+    record["machine"] = {
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "specproxy": __version__,
+    }
+    print_tables(console, record)
+    if options.plot is not None:
+        plot(record, options.plot)
+    return record
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Keep standard output for the record, and Transformers from reporting on the way."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _loaded(options: argparse.Namespace) -> ProxyTunedModel:
+    dtype = getattr(torch, options.dtype)
+    if options.base is None:
+        return ProxyTunedModel.demo(options.demo or "arithmetic", device=options.device, dtype=dtype)
+    model = ProxyTunedModel.from_pretrained(
+        options.base,
+        expert=options.expert,
+        anti_expert=options.anti_expert,
+        tokenizer=options.tokenizer,
+        dtype=dtype,
+        device_map=options.device,
+        progress=False,
+    )
+    if model.tokenizer is None:
+        raise ValueError(f"there is no tokenizer beside {options.base}; name one with --tokenizer.")
+    return model
+
+
+def _grown(model: ProxyTunedModel, options: argparse.Namespace) -> ProxyTunedModel:
+    base, expert, anti_expert = model.base, model.expert, model.anti_expert
+    depth_only = options.grow_by == "depth"
+    if options.pair_shape is not None:
+        expert, anti_expert = (grow(small, options.pair_shape) for small in (expert, anti_expert))
+    if options.base_shape is not None:
+        base = grow(base, options.base_shape)
+    elif options.cost_ratio is not None and options.cost_by == "time":
+        base = grow_to_time_ratio(base, expert, options.cost_ratio, depth_only=depth_only)
+    elif options.cost_ratio is not None:
+        base = grow_to_cost_ratio(base, expert, options.cost_ratio, depth_only=depth_only)
+    alpha = model.alpha if options.alpha is None else options.alpha
+    return ProxyTunedModel(base, expert, anti_expert, model.tokenizer, alpha)
+
+
+def _described(model: Any) -> dict[str, Any]:
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    shape = {name: getattr(model.config, name, None) for name in (*names, "vocab_size")}
+    return {"parameters": sum(p.numel() for p in model.parameters()), "read": cost_parameters(model), **shape}
+
+
+def _batches(prompts: list[list[int]], size: int, pad: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Left-padded (input_ids, attention_mask) of `size` rows each; prompts repeat to fill the last one."""
+    missing = -len(prompts) % size
+    prompts = prompts + [prompts[i % len(prompts)] for i in range(missing)]
+    batches = []
+    for start in range(0, len(prompts), size):
+        rows = prompts[start : start + size]
+        width = max(map(len, rows))
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        batches.append((ids, mask))
+    return batches
+
+
+def _measure_batch(
+    model: ProxyTunedModel, prompts: list[list[int]], size: int, options: argparse.Namespace, console: Console
+) -> dict[str, Any]:
+    """All ways of decoding at one batch size."""
+    eos = frozenset() if options.ignore_eos else model._trio.eos_token_ids()
+    pad = model._trio.pad_token_id()
+    shared = Options(
+        options.max_new_tokens, options.do_sample, options.temperature, options.top_k, eos, 0 if pad is None else pad
+    )
+    decoders = make_decoders(model, shared, options.num_draft_tokens, options.acceptance, size)
+    decoders = {
+        name: decode
+        for name, decode in decoders.items()
+        if name == "per_step" or not name.startswith(tuple(options.skip) or ("\0",))
+    }
+    batches = _batches(prompts, size, shared.pad_token_id, model.device)
+    synchronise = synchroniser(model.device)
+    is_async = model.device.type != "cpu"
+    models = {"base": model.base, "expert": model.expert, "anti_expert": model.anti_expert}
+    runs: dict[str, list[Run]] = {name: [] for name in decoders}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress, ForwardClock(models) as clock:
+        rounds = options.repeats + 1 + is_async
+        bar = progress.add_task(f"batch size {size}", total=rounds * len(decoders))
+
+        def once(name: str, seed: int, count: int | None = None) -> Run:
+            progress.update(bar, description=f"batch size {size}: {name}")
+            run = run_once(decoders[name], batches[:count], seed, clock, synchronise)
+            progress.advance(bar)
+            return run
+
+        for name in decoders:
+            once(name, options.seed, count=1)
+        for repeat in range(options.repeats):
+            for name in list(decoders) if repeat % 2 == 0 else reversed(decoders):
+                runs[name].append(once(name, options.seed + repeat))
+        profiles = runs
+        if is_async:  # a synchronised repeat of its own: its forwards count as they run, its total is not reported
+            clock.synchronise = synchronise
+            profiles = {name: [once(name, options.seed)] for name in decoders}
+    return {"batch_size": size, **summarise(runs, profiles, size, greedy=not options.do_sample)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

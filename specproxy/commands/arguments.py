@@ -1,0 +1,168 @@
+"""Options that several commands share: defined once, checked together, and turned into arguments of `generate`.
+
+A group is a dataclass whose fields are Typer options; `grouped` gives a command the options of every group it asks for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import secrets
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal
+
+import typer
+
+from specproxy import demo
+from specproxy.config import check_alpha
+from specproxy.errors import ConfigurationError
+from specproxy.options import parse_options
+
+__all__ = ["DecodingOptions", "DeviceOptions", "ModelOptions", "grouped"]
+
+DEFAULT_TASK = "arithmetic"
+_ROLES = ("base", "expert", "anti_expert")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which three models: names of the user's own, or the embedded trio."""
+
+    demo_task: Annotated[
+        str | None, typer.Option("--demo", help="Task of the embedded trio: arithmetic (the default) or python.")
+    ] = None
+    base: Annotated[str | None, typer.Option(help="Large untuned model: a folder or a hub name.")] = None
+    expert: Annotated[str | None, typer.Option(help="Small tuned model.")] = None
+    anti_expert: Annotated[str | None, typer.Option(help="The small model untuned.")] = None
+
+    def __post_init__(self) -> None:
+        missing = [role for role in _ROLES if getattr(self, role) is None]
+        names = ", ".join(map(_flag, _ROLES))
+        if len(missing) < len(_ROLES) and self.demo_task is not None:
+            raise ConfigurationError(f"--demo and {names} exclude each other: name one trio.")
+        if self.demo_task is not None and self.demo_task not in demo.tasks():
+            raise ConfigurationError(f"--demo={self.demo_task} is not a task; use one of {', '.join(demo.tasks())}.")
+        if 0 < len(missing) < len(_ROLES):
+            absent = ", ".join(map(_flag, missing))
+            raise ConfigurationError("--base, --expert and --anti-expert go together; missing: " + absent + ".")
+
+    @property
+    def task(self) -> str | None:
+        """Task of the embedded trio; None for models of the user's own."""
+        return (self.demo_task or DEFAULT_TASK) if self.base is None else None
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """Folder or hub name per role, and of the tokenizer where it lies elsewhere."""
+        if self.task is not None:
+            return demo.folders(self.task)
+        return {role: getattr(self, role) for role in _ROLES}
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Where and in what precision the models run."""
+
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "float64"] | None, typer.Option(help="Of all three models.")
+    ] = None
+    device: Annotated[str | None, typer.Option(help="Of all three models, such as cpu or cuda:0.")] = None
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How tokens are drawn: what `generate` takes besides prompts."""
+
+    alpha: Annotated[float | None, typer.Option(help="Strength of the steering; the model's own by default.")] = None
+    max_new_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128
+    min_new_tokens: Annotated[int | None, typer.Option(help="Fewest new tokens.")] = None
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None
+    num_draft_tokens: Annotated[str, typer.Option(metavar="N|auto", help="Drafts a cycle; 0 is per-step decoding.")] = (
+        "4"
+    )
+    acceptance: Annotated[str, typer.Option(help="rejection, block or coupled.")] = "rejection"
+    do_sample: Annotated[
+        bool | None, typer.Option("--do-sample/--greedy", help="Greedy by default; a temperature implies sampling.")
+    ] = None
+    temperature: Annotated[float | None, typer.Option(help="Above 0; 0 means greedy.")] = None
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all. [default: 50]")] = None
+    top_p: Annotated[float | None, typer.Option(help="Keep the smallest set of this mass.")] = None
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens this likely relative to the likeliest.")] = None
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None
+    no_repeat_ngram_size: Annotated[int | None, typer.Option(help="No n-gram of this size comes twice.")] = None
+    seed: Annotated[int | None, typer.Option(help="Of the sampling; drawn afresh by default.")] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `generate`; what was not given is left to its own defaults.
+
+        Checked here by the rules that generate applies, so that a mistake costs no loading of models.
+
+        Raises:
+            ConfigurationError: for an unusable value, or one without effect.
+        """
+        sampled = bool(self.temperature) if self.do_sample is None else self.do_sample
+        filters = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+        if self.do_sample is None and self.temperature is None and filters:
+            names = ", ".join(map(_flag, filters))
+            raise ConfigurationError(f"{names} changes nothing in greedy decoding; add --do-sample or --temperature.")
+        given = {
+            "max_new_tokens": self.max_new_tokens,
+            "min_new_tokens": self.min_new_tokens,
+            "stop_strings": self.stop or None,
+            "do_sample": sampled,
+            "temperature": self.temperature,
+            **{name: getattr(self, name) for name in filters},
+            "repetition_penalty": self.repetition_penalty,
+            "no_repeat_ngram_size": self.no_repeat_ngram_size,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        count: int | str = self.num_draft_tokens
+        with contextlib.suppress(ValueError):  # "auto", or refused below
+            count = int(count)
+        parse_options(given, None, count, self.acceptance, default_tokenizer=object())
+        speculation: dict[str, Any] = {"num_draft_tokens": count, "acceptance": self.acceptance}
+        if self.alpha is not None:
+            speculation["alpha"] = check_alpha(self.alpha)
+        if sampled:
+            speculation["seed"] = secrets.randbits(32) if self.seed is None else self.seed
+        return given | speculation
+
+
+def grouped(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command whose parameters of a group's type are replaced by the group's options.
+
+    Args:
+        command: a function with a parameter annotated with a dataclass for every group it takes.
+    """
+    hints = typing.get_type_hints(command, include_extras=True)
+    parameters = []
+    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint) and isinstance(hint, type)}
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        of_group = typing.get_type_hints(groups[name], include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=of_group[field.name]
+            )
+            for field in fields(groups[name])
+        ]
+
+    def expanded(**values: Any) -> Any:
+        built = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        return command(**built, **values)
+
+    expanded.__doc__, expanded.__name__ = command.__doc__, command.__name__
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return expanded
