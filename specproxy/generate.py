@@ -294,7 +294,7 @@ def _alphas(
 ) -> list[tuple[float, ...]]:
     """Strength of every pair, per row. A number or one per row is that of the first pair; [B, pairs] gives all."""
     defaults = tuple(pair.alpha for pair in trio.pairs)
-    values = alpha.tolist() if isinstance(alpha, Tensor) else alpha
+    values: Any = alpha.tolist() if isinstance(alpha, Tensor) else alpha
     if values is None:
         return [defaults] * batch
     if not isinstance(values, Sequence) or isinstance(values, str):

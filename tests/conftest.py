@@ -1,4 +1,4 @@
-"""Settings of the whole suite: one torch thread per worker where tests run in parallel, for two would fight over a core."""
+"""Settings of the whole suite: one torch thread per worker where tests run in parallel, lest two fight over a core."""
 
 import os
 
