@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Rows of modules, lowest first. A module imports from rows below its own only.
 LAYERS = [
-    {"specproxy_kernels.noise"},
+    {"specproxy_kernels.noise", "specproxy_kernels.laws"},
     {"specproxy_kernels.reference", "specproxy_kernels.attention"},
     {"specproxy_kernels"},
     {"specproxy.errors", "specproxy.version", "specproxy.streaming", "specproxy.theory"},

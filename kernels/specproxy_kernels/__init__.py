@@ -5,6 +5,14 @@ Usable without `specproxy`: this package imports torch alone. Every operation ha
 """
 
 from specproxy_kernels.attention import window_attention, window_bias
+from specproxy_kernels.laws import (
+    LogitPair,
+    WarpParameters,
+    combine_logits,
+    pack_allowed_tokens,
+    pair_at,
+    warp_law,
+)
 from specproxy_kernels.noise import coin_noise, gumbel_noise, philox, row_keys
 from specproxy_kernels.reference import (
     RULES,
@@ -13,18 +21,12 @@ from specproxy_kernels.reference import (
     STATUS_NON_FINITE,
     Acceptance,
     DraftLaw,
-    LogitPair,
     NoiseStream,
-    WarpParameters,
     accept_window,
-    combine_logits,
     emit_next_token,
-    pack_allowed_tokens,
-    pair_at,
     sample_drafts,
     sample_next_token,
     verify_window,
-    warp_law,
 )
 
 __all__ = [

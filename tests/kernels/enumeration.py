@@ -22,6 +22,8 @@ import torch
 from numpy_reference import combine, warp
 from torch import Tensor
 
+from specproxy_kernels import pack_allowed_tokens
+
 _LARGEST_GAP = 4096.0  # beyond it a logit counts as -inf
 _COIN_BELOW, _COIN_ABOVE = -1.0, 2.0  # coins that accept and refuse whatever the threshold
 
@@ -115,7 +117,7 @@ def make_parameters(
         mask = torch.zeros(1, len(allowed), vocab_size, dtype=torch.bool)
         for position, tokens in enumerate(allowed):
             mask[0, position, list(tokens)] = True
-        mask = ops.pack_allowed_tokens(mask)
+        mask = pack_allowed_tokens(mask)
     seen_mask = None
     if "repetition_penalty" in settings:
         seen_mask = torch.zeros(batch, vocab_size, dtype=torch.bool)

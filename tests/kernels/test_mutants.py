@@ -28,7 +28,7 @@ from loop_law import LoopCase
 from mutation import Mutant, mutated
 from toy_loop import Toy, sample
 
-NOISE, REFERENCE = "specproxy_kernels.noise", "specproxy_kernels.reference"
+NOISE, LAWS, REFERENCE = "specproxy_kernels.noise", "specproxy_kernels.laws", "specproxy_kernels.reference"
 
 KERNEL_MUTANTS = [
     Mutant("residual shares the drafts' noise", NOISE, "PURPOSE_RESIDUAL = 2", "PURPOSE_RESIDUAL = 0"),
@@ -47,7 +47,7 @@ KERNEL_MUTANTS = [
     Mutant(
         "q from unwarped logits",
         REFERENCE,
-        "WarpedLaw(_penalised(logits, parameters, drafts, position), law.tau, law.lse)",
+        "WarpedLaw(penalised(logits, parameters, drafts, position), law.tau, law.lse)",
         "WarpedLaw(logits, None, logits.logsumexp(-1))",
     ),
     Mutant("early stop in block", REFERENCE, "((column + 1) * kept).amax(-1)", "_leading(kept)"),
@@ -65,7 +65,7 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "anti-expert one position late",
-        REFERENCE,
+        LAWS,
         "pair.anti_expert[:, positions]",
         "pair.anti_expert.roll(1, 1)[:, positions]",
     ),
@@ -81,7 +81,7 @@ KERNEL_MUTANTS = [
         "torch.where((from_target | empty)[:, None], scores, residual)",
         "torch.where((from_target | empty)[:, None], scores, scores)",
     ),
-    Mutant("penalty of the draft on itself", REFERENCE, "position > j", "position >= j"),
+    Mutant("penalty of the draft on itself", LAWS, "position > j", "position >= j"),
     Mutant(
         "coupled bonus from another purpose",
         REFERENCE,

@@ -21,21 +21,24 @@ from transformers import (
 )
 
 from specproxy_kernels import reference
+from specproxy_kernels.laws import (
+    LogitPair,
+    WarpParameters,
+    combine_logits,
+    pack_allowed_tokens,
+    unpack_allowed_tokens,
+    warp_law,
+)
 from specproxy_kernels.noise import row_keys
 from specproxy_kernels.reference import (
     STATUS_EMPTY_RESIDUAL,
     STATUS_EMPTY_SUPPORT,
     STATUS_NON_FINITE,
     DraftLaw,
-    LogitPair,
     NoiseStream,
-    WarpParameters,
-    combine_logits,
     emit_next_token,
-    pack_allowed_tokens,
     sample_drafts,
     verify_window,
-    warp_law,
 )
 
 INF = float("inf")
@@ -431,7 +434,7 @@ def test_packed_tokens_unpack(vocab_size: int) -> None:
     allowed[0], allowed[1, 0] = True, False
     words = pack_allowed_tokens(allowed)
     assert words.dtype == torch.int32 and words.shape == (3, 2, -(-vocab_size // 32))
-    assert torch.equal(reference._unpack_allowed_tokens(words, vocab_size), allowed)
+    assert torch.equal(unpack_allowed_tokens(words, vocab_size), allowed)
 
 
 # --- Status bits -----------------------------------------------------------------------------------------------------
