@@ -108,13 +108,19 @@ def test_joint_law():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize(
-    ("rule", "num_draft_tokens"),
-    [("rejection", 0), ("rejection", 1), ("rejection", 3), ("block", 2), ("block", 3), ("coupled", 2)],
+    ("rule", "num_draft_tokens", "setting"),
+    [
+        ("rejection", 1, "plain"),
+        ("rejection", 3, "all"),
+        ("block", 2, "plain"),
+        ("block", 3, "all"),
+        ("coupled", 0, "plain"),
+        ("coupled", 2, "all"),
+    ],
 )
 def test_joint_law_with_power(rule, num_draft_tokens, setting):
-    assert power(30 * ROWS, 2 * VOCAB**TOKENS, 0.015) > 0.99
+    assert power(30 * ROWS, 2 * VOCAB**TOKENS, 0.02) > 0.999
     check(rule, num_draft_tokens, setting, calls=30)
 
 
