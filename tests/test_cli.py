@@ -508,7 +508,7 @@ def test_module_can_be_started() -> None:
 
 
 def test_embedded_trio_end_to_end() -> None:
-    """Sums in the tuned format; drafts are taken far more often than those of untrained models, whose rate is near 0."""
+    """Sums in the tuned format; drafts are taken far more often than from untrained models, whose rate is near 0."""
     prompt = demo.example_prompts("arithmetic")[0]
     done = start("generate", "-", "--json", "--max-new-tokens", "48", stdin=prompt)
     assert (done.returncode, done.stderr) == (0, "")

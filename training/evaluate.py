@@ -24,7 +24,7 @@ from training.rows import Document, encode, encode_problem
 from training.tokenizer import load_tokenizer
 from training.train import build
 
-# The base has read source and the anti-expert has not: the pair's difference holds Python itself, and a little goes far.
+# The base has read source, the anti-expert has not: the pair's difference holds Python itself, and a little goes far.
 ALPHAS = {"arithmetic": (0.7, 1.0, 1.2, 1.5, 2.0), "python": (0.1, 0.2, 0.3, 0.5, 1.0)}
 LARGEST = 99
 """Largest number in the held-out problems and drills, as in the base's last phase."""
