@@ -1,4 +1,4 @@
-"""Proxy-tuned text generation at or below the latency of the untuned model.
+"""Exact proxy-tuned text generation, several tokens a cycle.
 
 `ProxyTunedModel` is the whole face: load or build one, then `generate()`. Errors form one small tree under
 `SpecProxyError`.

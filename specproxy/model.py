@@ -55,7 +55,7 @@ class ProxyTunedModel:
         >>> inputs = model.tokenizer("Question: What is 347 + 68?\\nAnswer:", return_tensors="pt")
         >>> output = model.generate(inputs.input_ids, max_new_tokens=48, return_dict_in_generate=True)
         >>> output.speculation.acceptance_rate  # doctest: +SKIP
-        0.89
+        0.49
     """
 
     def __init__(
