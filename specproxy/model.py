@@ -54,8 +54,8 @@ class ProxyTunedModel:
         >>> model = ProxyTunedModel.demo()
         >>> inputs = model.tokenizer("Question: What is 347 + 68?\\nAnswer:", return_tensors="pt")
         >>> output = model.generate(inputs.input_ids, max_new_tokens=48, return_dict_in_generate=True)
-        >>> output.speculation.acceptance_rate  # doctest: +SKIP
-        0.49
+        >>> 0.0 <= output.speculation.acceptance_rate <= 1.0
+        True
     """
 
     def __init__(
