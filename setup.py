@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.11",
     # The kernels stand in kernels/ under an import name of their own: a top-level module named "kernels" would shadow
     # the library of that name which Transformers looks for.
-    packages=[*find_packages(include=["specproxy", "specproxy.*"]), "specproxy_kernels"],
+    packages=[*find_packages(include=["specproxy", "specproxy.*"]), "specproxy_kernels", "specproxy_kernels.fused"],
     package_dir={"specproxy_kernels": "kernels/specproxy_kernels"},
     package_data={
         "specproxy": ["py.typed", "models/**", "integrations/hub/custom_generate/generate.py"],

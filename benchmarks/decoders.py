@@ -246,9 +246,8 @@ def single_model_loop(
         while len(state):
             logits = runner.forward(state.pending[BASE][:, None])
             parameters, nothing = state.warp(1), torch.empty(len(state), 0, dtype=torch.long, device=runner.device)
-            gumbel = state.noise().tokens(1, state.vocab_size) if parameters.any_sampling else None
             zero = torch.zeros(len(state), dtype=torch.long, device=runner.device)
-            token, _ = sample_drafts(logits, parameters, nothing, zero[:, None], gumbel, state.vocab_size)
+            token, _ = sample_drafts(logits, parameters, nothing, state.noise(), state.vocab_size)
             tokens = token[:, 0].tolist()
             state.commit(nothing, zero, token[:, 0])
             runner.cache.advance(zero + 1, [1] * len(tokens))

@@ -9,7 +9,7 @@ from torch import Tensor
 from specproxy.state import DecodeState, Draft
 from specproxy.trio import TrioRunners
 from specproxy.verify import WindowLogits, bonus_step
-from specproxy_kernels import LogitPair, NoiseStream, accept_window, emit_next_token
+from specproxy_kernels import LogitPair, NoiseStream, accept_window, emit_next_token, kernel_path, verify_window
 
 __all__ = ["Outcome", "accept"]
 
@@ -34,10 +34,13 @@ def accept(state: DecodeState, runners: TrioRunners, noise: NoiseStream, draft: 
         window: its scores; completed here where needed.
     """
     shared = (draft.law, state.warp(draft.count + 1), noise, state.vocab_size)
+    if kernel_path(state.device) == "triton":
+        # Asking whether any row reaches the bonus position would synchronise, which costs more than its step.
+        bonus_step(state, runners, draft, window)
+        base, pairs = _law_inputs(state, draft, window)
+        return Outcome(*verify_window(state.rule, base, pairs, draft.tokens, draft.num_drafts, *shared))
     base, pairs = _law_inputs(state, draft, window)
     acceptance = accept_window(state.rule, base, pairs, draft.tokens, draft.num_drafts, *shared)
-    # Asking whether any row needs the bonus step saves it on the CPU, where asking is free; elsewhere asking would
-    # synchronise, which costs more than the step.
     if state.device.type != "cpu" or bool(acceptance.is_bonus.any()):
         bonus_step(state, runners, draft, window)
         base, pairs = _law_inputs(state, draft, window)

@@ -24,7 +24,7 @@ from specproxy.processors import row_law
 from specproxy.state import BASE, DecodeState, Row
 from specproxy.stats import SpeculationStats
 from specproxy.trio import Trio
-from specproxy_kernels import row_keys
+from specproxy_kernels import kernel_path, row_keys
 
 __all__ = ["GenerateOutput", "generate"]
 
@@ -147,7 +147,7 @@ def _decode(
 ) -> SpeculationStats:
     """Run all rows to their ends."""
     began = perf_counter()
-    stats = SpeculationStats()
+    stats = SpeculationStats(kernels=kernel_path(trio.device))
     count = speculation.num_draft_tokens
     policy: WindowPolicy = FixedWindow(count) if isinstance(count, int) else AdaptiveWindow()
     longest = max(len(prompt) for row in rows for prompt in row.prompts.values())

@@ -25,7 +25,7 @@ class SpeculationStats:
         token_sources: per row and new token, "draft" (proposed by the drafter and accepted) or "target" (residual or
             bonus).
         seconds: time of the call: "total", forwards of "expert", "anti_expert" and "base", and "other", the rest.
-        kernels: which implementation computed acceptance.
+        kernels: what computed drafts and acceptance, "triton" or "torch".
     """
 
     num_cycles: int = 0

@@ -5,6 +5,7 @@ Usable without `specproxy`: this package imports torch alone. Every operation ha
 """
 
 from specproxy_kernels.attention import window_attention, window_bias
+from specproxy_kernels.dispatch import kernel_path, sample_drafts, verify_window
 from specproxy_kernels.laws import (
     LogitPair,
     WarpParameters,
@@ -24,9 +25,7 @@ from specproxy_kernels.reference import (
     NoiseStream,
     accept_window,
     emit_next_token,
-    sample_drafts,
     sample_next_token,
-    verify_window,
 )
 
 __all__ = [
@@ -44,6 +43,7 @@ __all__ = [
     "combine_logits",
     "emit_next_token",
     "gumbel_noise",
+    "kernel_path",
     "pack_allowed_tokens",
     "pair_at",
     "philox",

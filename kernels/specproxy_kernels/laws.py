@@ -47,7 +47,8 @@ class LogitPair(NamedTuple):
 
 @dataclass(frozen=True)
 class WarpParameters:
-    """The sampling parameters of B rows, in Hugging Face's order: penalties, temperature, top-k, top-p, min-p.
+    """The sampling parameters of B rows: allowed tokens, bias, penalties, temperature, top-k, top-p, min-p, in that
+    order, which is Hugging Face's.
 
     Each optional tensor is None where no row uses it. Host integers and flags come from the host's own copy of the
     parameters, so that no operation has to ask the device.
@@ -59,6 +60,10 @@ class WarpParameters:
         min_p: floating [B]; 0 keeps all.
         repetition_penalty: floating [B]; 1 changes nothing (Keskar et al. 2019, arXiv 1909.05858).
         seen: bool [B, V], tokens of prompt and output so far; needed with `repetition_penalty`.
+        frequency_penalty, presence_penalty: floating [B]; taken off for each, and for the first, earlier output of a
+            token; given together with `counts` (OpenAI's API reference, "frequency and presence penalties").
+        counts: int32 [B, V], how often the output so far holds each token.
+        logit_bias: floating [B or 1, V], added to the combined logits.
         allowed: int32 [B or 1, W or 1, ceil(V / 32)], bit v % 32 of word v // 32 allows token v (see
             `pack_allowed_tokens`).
         max_top_k: largest top_k of any row that bounds a list of candidates, or 0 where some row keeps all.
@@ -71,6 +76,10 @@ class WarpParameters:
     min_p: Tensor | None = None
     repetition_penalty: Tensor | None = None
     seen: Tensor | None = None
+    frequency_penalty: Tensor | None = None
+    presence_penalty: Tensor | None = None
+    counts: Tensor | None = None
+    logit_bias: Tensor | None = None
     allowed: Tensor | None = None
     max_top_k: int = 0
     any_greedy: bool = True
@@ -174,6 +183,15 @@ def _seen_at(seen: Tensor, drafts: Tensor, position: Tensor) -> Tensor:
     return window
 
 
+def _counts_at(counts: Tensor, drafts: Tensor, position: Tensor) -> Tensor:
+    """[B, W, V] in the dtype of `counts`: outputs of each token before each window position."""
+    window = counts[:, None].expand(-1, position.shape[1], -1).clone()
+    for j in range(drafts.shape[1]):
+        token = drafts[:, j, None, None].expand(-1, position.shape[1], 1)
+        window.scatter_add_(-1, token, (position > j)[..., None].to(window.dtype))
+    return window
+
+
 def penalised(logits: Tensor, parameters: WarpParameters, drafts: Tensor, position: Tensor) -> Tensor:
     """The warp without its filters: allowed tokens, penalties with each position's own prefix, temperature.
 
@@ -189,11 +207,19 @@ def penalised(logits: Tensor, parameters: WarpParameters, drafts: Tensor, positi
             rows = torch.arange(position.shape[0], device=position.device)[:, None]
             words = words.expand(position.shape[0], -1, -1)[rows, position]
         logits = logits.masked_fill(~unpack_allowed_tokens(words, logits.shape[-1]), -inf)
+    if parameters.logit_bias is not None:
+        logits = logits + parameters.logit_bias.to(logits.dtype)[:, None]
     if parameters.repetition_penalty is not None:
         assert parameters.seen is not None, "a repetition penalty needs the tokens seen so far"
         penalty = parameters.repetition_penalty.to(logits.dtype)[:, None, None]
         penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
         logits = torch.where(_seen_at(parameters.seen, drafts, position), penalised, logits)
+    if parameters.counts is not None:
+        frequency, presence = parameters.frequency_penalty, parameters.presence_penalty
+        assert frequency is not None and presence is not None, "counts go with both penalties"
+        counts = _counts_at(parameters.counts, drafts, position)
+        logits = logits - frequency.to(logits.dtype)[:, None, None] * counts
+        logits = logits - torch.where(counts > 0, presence.to(logits.dtype)[:, None, None], 0)
     if parameters.any_sampling:
         temperature = parameters.temperature
         if parameters.any_greedy:

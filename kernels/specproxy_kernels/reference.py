@@ -82,11 +82,16 @@ class NoiseStream:
         self.key, self.start, self.block_start = key, start, block_start
         self._drawn: Tensor | None = None
         self._coins: Tensor | None = None
+        self._expected = 1
+
+    def expect(self, count: int) -> None:
+        """Announce how many window positions will be asked for, so that the first call draws them together."""
+        self._expected = count
 
     def tokens(self, count: int, vocab_size: int) -> Tensor:
         """Gumbel noise float32 [B, count, V] of the token purpose at window positions 0 .. count - 1."""
         if self._drawn is None or self._drawn.shape[1] < count:
-            index = self._index(count)
+            index = self._index(max(count, self._expected))
             self._drawn, self._coins = window_noise(self.key, index, vocab_size, self.block_start)
         return self._drawn[:, :count]
 
@@ -126,39 +131,39 @@ def _race(scores: Tensor, noise: Tensor, greedy: Tensor | None) -> Tensor:
     """First argmax [B, W] of scores + Gumbel noise: a draw from softmax(scores); of the scores alone where greedy."""
     if greedy is not None:
         noise = noise.masked_fill(greedy.view(-1, *[1] * (noise.ndim - 1)), 0)
-    # Without the largest score the sum keeps the noise's digits, however small the temperature.
-    return (scores - scores.amax(-1, keepdim=True) + noise).argmax(-1)
+    # In float64 the sum keeps all digits of the noise, however small the temperature.
+    return (scores.double() + noise).argmax(-1)
 
 
 def sample_drafts(
     logits: Tensor,
     parameters: WarpParameters,
     drafts: Tensor,
-    position: Tensor,
-    noise: Tensor | None,
+    noise: NoiseStream,
     vocab_size: int,
 ) -> tuple[Tensor, DraftLaw]:
     """Draw one draft per row and keep the descriptor of its law.
 
     Args:
-        logits: [B, 1, V_draft], the drafter's logits at this position.
+        logits: [B, 1, V_draft], the drafter's logits at window position i.
         parameters: of the B rows.
         drafts: int64 [B, i], drafts before this position.
-        position: int64 [B, 1], the window position, i.
-        noise: float32 [B, 1, V] Gumbel noise of the token purpose; may be None where every row is greedy.
+        noise: of the cycle; the draw takes the token purpose at position i.
         vocab_size: V; wider logits are cut.
 
     Returns:
         tokens: int64 [B, 1].
         law: with which `accept_drafts` scores them; the logits are kept, not copied.
     """
+    batch, i = drafts.shape
+    position = torch.full((batch, 1), i, dtype=torch.long, device=drafts.device)
     cut = logits[..., :vocab_size]
     law = warp_law(cut.to(torch.promote_types(cut.dtype, torch.float32)), parameters, drafts, position)
     if not parameters.any_sampling:
         tokens = law.z.argmax(-1)
     else:
-        assert noise is not None, "sampling needs noise"
-        tokens = _race(law.kept(), noise, parameters.greedy if parameters.any_greedy else None)
+        gumbel = noise.tokens(i + 1, vocab_size)[:, i:]
+        tokens = _race(law.kept(), gumbel, parameters.greedy if parameters.any_greedy else None)
     return tokens, DraftLaw(logits, law.tau, law.lse)
 
 

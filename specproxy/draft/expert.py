@@ -18,7 +18,7 @@ def draft_with_expert(state: DecodeState, runners: TrioRunners, noise: NoiseStre
     Args:
         state: the rows in flight.
         runners: of the trio; the expert's cache is written, its lengths stay.
-        noise: of this cycle; the token purpose is drawn here, once for the whole window.
+        noise: of this cycle.
         count: G.
 
     Returns:
@@ -31,10 +31,8 @@ def draft_with_expert(state: DecodeState, runners: TrioRunners, noise: NoiseStre
     num_drafts = torch.tensor([state.num_drafts(row, count) for row in state.rows], device=state.device)
     if count == 0:
         return Draft(drafts, num_drafts, None, None)
-    gumbel = None
-    if parameters.any_sampling:
-        # The coupled rule reads the bonus token's noise from the same purpose: draw it along.
-        gumbel = noise.tokens(count + (state.rule == "coupled"), state.vocab_size)
+    # The coupled rule reads the bonus token's noise from the same purpose: draw it along.
+    noise.expect(count + (state.rule == "coupled"))
     laws: list[DraftLaw] = []
     raw: list[Tensor] = []
     token = state.pending[EXPERT][:, None]
@@ -44,9 +42,7 @@ def draft_with_expert(state: DecodeState, runners: TrioRunners, noise: NoiseStre
         if state.has_processors:
             logits = combine_logits(logits, [], state.vocab_size, state.shared_ids)[0]
             logits = state.process(logits, drafts, first=i)
-        position = torch.full((batch, 1), i, dtype=torch.long, device=state.device)
-        step_noise = None if gumbel is None else gumbel[:, i : i + 1]
-        token, law = sample_drafts(logits, parameters, drafts, position, step_noise, state.vocab_size)
+        token, law = sample_drafts(logits, parameters, drafts, noise, state.vocab_size)
         drafts = torch.cat([drafts, token], dim=1)
         laws.append(law)
     tau = None if laws[0].tau is None else torch.cat([law.tau for law in laws if law.tau is not None], dim=1)

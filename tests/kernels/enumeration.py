@@ -153,6 +153,16 @@ class InjectedNoise:
         raise AssertionError("only `coupled` reads the noise of the drafts")
 
 
+@dataclass
+class InjectedTokens:
+    """Stands in for `NoiseStream` where drafts are drawn: the same noise [B, V] at every position."""
+
+    gumbel: Tensor
+
+    def tokens(self, count: int, vocab_size: int) -> Tensor:
+        return self.gumbel[:, None].expand(-1, count, -1)
+
+
 def race_law(draw: Callable[[Tensor, Tensor], Tensor], rows: int, vocab_size: int) -> np.ndarray:
     """Law [rows, V] of argmax(scores + Gumbel), from `draw(row indices, noise [., V]) -> tokens` alone.
 
@@ -215,13 +225,11 @@ class Cycle:
         for i in range(self.count):
 
             def draw(row: Tensor, noise: Tensor, i: int = i) -> tuple[Tensor, Any]:
-                position = torch.full((len(row), 1), i)
                 return self.ops.sample_drafts(
                     self.expert[row, i : i + 1],
                     self.parameters(len(row)),
                     self.drafts[row, :i],
-                    position,
-                    noise[:, None],
+                    InjectedTokens(noise),
                     self.vocab_size,
                 )
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from enumeration import InjectedTokens
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from numpy_reference import combine, verify, warp
@@ -252,9 +253,8 @@ def test_verified_window(rows: Rows, rule: str, certain: bool, data: st.DataObje
     laws: list[DraftLaw] = []
     drafts = torch.empty(batch, 0, dtype=torch.long)
     for i in range(count):
-        gumbel = torch.tensor(rng.gumbel(size=(batch, 1, vocab)))
-        position = torch.full((batch, 1), i)
-        token, law = sample_drafts(expert[:, i : i + 1], rows.parameters, drafts, position, gumbel, vocab)
+        noise = InjectedTokens(torch.tensor(rng.gumbel(size=(batch, vocab))))
+        token, law = sample_drafts(expert[:, i : i + 1], rows.parameters, drafts, noise, vocab)
         drafts = torch.cat([drafts, token], 1)
         laws.append(law)
     rows.drafts = drafts

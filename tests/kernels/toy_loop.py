@@ -115,7 +115,7 @@ def _sample_chunk(
             seen.scatter_(1, tokens[active, 2:].masked_fill(column >= start[:, None], vocab), True)
             parameters.seen.copy_(seen[:, :vocab])
         stream = ops.NoiseStream(keys[active], start, start if toy.rule == "block" else None)
-        gumbel = stream.tokens(count, vocab) if count else None
+        stream.expect(max(count, 1))
         history = tokens[active[:, None], start[:, None] + torch.arange(2)]  # the last two tokens
         drafts = torch.empty(batch, 0, dtype=torch.long)
         laws, contexts = [], []
@@ -127,11 +127,7 @@ def _sample_chunk(
             if toy.certain:
                 token = (history[:, 1:] + 1) % vocab
             else:
-                assert gumbel is not None
-                position = torch.full((batch, 1), i)
-                token, law = ops.sample_drafts(
-                    expert[context][:, None], parameters, drafts, position, gumbel[:, i : i + 1], vocab
-                )
+                token, law = ops.sample_drafts(expert[context][:, None], parameters, drafts, stream, vocab)
                 laws.append(law)
             drafts = torch.cat([drafts, token], 1)
             history = torch.cat([history[:, 1:], token], 1)
