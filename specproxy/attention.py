@@ -1,8 +1,9 @@
 """The attention function that Transformers calls during our forwards, and the loan of a caller's models.
 
 Registered under a name for which Transformers has no mask function, so that it hands over `attention_mask=None` and
-this function masks by row length, causality and sliding window itself. The state of a forward arrives as a keyword
-argument of the model's own `forward`: there is no global. Knows nothing of roles or tokens.
+this function masks by row length, causality and sliding window itself: with the fused kernel where kernels run, else
+with grouped scaled-dot-product attention under a bias. The state of a forward arrives as a keyword argument of the
+model's own `forward`: there is no global. Knows nothing of roles or tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from transformers import AttentionInterface
 
 from specproxy.cache import Window
 from specproxy.errors import SpecProxyError, UnsupportedModelError
-from specproxy_kernels import window_attention, window_bias
+from specproxy_kernels import ragged_attention, window_attention, window_bias
+from specproxy_kernels.dispatch import kernel_path
 
 __all__ = ["WINDOW_KEYWORD", "borrowed"]
 
 WINDOW_KEYWORD = "specproxy_window"
 _ATTENTION_NAME = "specproxy_window"
+# Beyond it a prompt that starts an empty cache is plain causal attention, for which torch has the better kernel.
+_MAX_KERNEL_WINDOW = 64
 # What some architectures add to their attention: sinks, relative positions, sparse selections.
 _UNSUPPORTED = ("s_aux", "position_bias", "indices", "block_indices")
 
@@ -55,6 +59,8 @@ def _attend(
         )
     window.num_attended += 1
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if kernel_path(query.device) == "triton":
+        return _attend_fused(window, query, key, value, scaling, sliding_window, softcap), None
     num_keys = key.shape[2]
     limited = sliding_window is not None and num_keys > sliding_window
     if window.size == 1 and window.is_uniform:
@@ -71,6 +77,26 @@ def _attend(
         bias = window_bias(lengths, window.size, num_keys, groups, query.dtype, sliding_window if limited else None)
         window.biases[name] = bias
     return window_attention(query, key, value, bias.to(query.device), scaling=scaling, softcap=softcap), None
+
+
+def _attend_fused(
+    window: Window,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`_attend` over whole buffers [B, H_kv, capacity, D], which the kernel reads up to each row's own length."""
+    is_prompt = window.longest == 0 and window.size > _MAX_KERNEL_WINDOW
+    if is_prompt and softcap is None and (sliding_window is None or window.size <= sliding_window):
+        keys, values = keys[:, :, : window.size], values[:, :, : window.size]
+        return window_attention(query, keys, values, None, scaling=scaling, causal=True)
+    lengths = window.lengths.to(query.device)
+    return ragged_attention(
+        query, keys, values, lengths, scaling=scaling, softcap=softcap, sliding_window=sliding_window
+    )
 
 
 AttentionInterface.register(_ATTENTION_NAME, _attend)

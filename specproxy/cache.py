@@ -1,8 +1,9 @@
 """Static key-value buffers with a length per row: rollback is one integer a row, and no padding is ever needed.
 
 `RaggedCache` plugs into Transformers as its `Cache`: a layer's `update` writes a window's keys and values at each
-row's own length and returns the buffer up to the longest row. What lies past a row's length is stale and must be
-masked by the reader (`specproxy.attention`). This module knows nothing of models, roles or tokens.
+row's own length and returns the buffer up to the longest row (where kernels run, the whole buffer, so that no shape
+follows the text). What lies past a row's length is stale and must be masked by the reader (`specproxy.attention`). This
+module knows nothing of models, roles or tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from specproxy_kernels import write_window
+from specproxy_kernels.dispatch import kernel_path
 
 __all__ = ["RaggedCache", "Window"]
 
@@ -82,6 +86,11 @@ class _RaggedLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None
         window = self.owner.window
         assert window is not None, "a ragged cache is written between begin() and the end of a forward only"
+        if kernel_path(key_states.device) == "triton":
+            rows = slice(window.first, window.first + window.count)
+            keys, values = self.keys[rows], self.values[rows]
+            write_window(key_states, value_states, keys, values, window.lengths.to(keys.device))
+            return keys, values
         return self._write(self.keys, key_states, window), self._write(self.values, value_states, window)
 
     @staticmethod

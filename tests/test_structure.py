@@ -22,14 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # Rows of modules, lowest first. A module imports from rows below its own only.
 LAYERS = [
     {"specproxy_kernels.noise", "specproxy_kernels.laws"},
-    {"specproxy_kernels.reference", "specproxy_kernels.attention"},
+    {"specproxy_kernels.reference"},
     {"specproxy_kernels.fused"},
     {"specproxy_kernels.fused.laws", "specproxy_kernels.fused.noise"},
     {"specproxy_kernels.fused.rows"},
     {"specproxy_kernels.fused.filters"},
     {"specproxy_kernels.fused.arguments"},
-    {"specproxy_kernels.fused.draft", "specproxy_kernels.fused.verify"},
+    {"specproxy_kernels.fused.draft", "specproxy_kernels.fused.verify", "specproxy_kernels.fused.attention"},
     {"specproxy_kernels.dispatch"},
+    {"specproxy_kernels.attention"},
     {"specproxy_kernels"},
     {"specproxy.errors", "specproxy.version", "specproxy.streaming", "specproxy.theory"},
     {"specproxy.config", "specproxy.cache", "specproxy.vocab", "specproxy.stats"},

@@ -1,10 +1,11 @@
 """Operations of proxy-tuned decoding on tensors: logit arithmetic, acceptance sampling, noise, window attention.
 
-Usable without `specproxy`: this package imports torch alone. Every operation has one torch reference (`reference`,
-`attention`, `noise`), which is the oracle of the tests and the path taken on the CPU.
+Usable without `specproxy`: this package imports torch, and triton where kernels run. Every operation has one torch
+reference (`reference`, `attention`, `noise`), which is the oracle of the tests and the path taken on the CPU; `fused`
+holds the Triton kernels, and `dispatch` decides between the two.
 """
 
-from specproxy_kernels.attention import window_attention, window_bias
+from specproxy_kernels.attention import ragged_attention, window_attention, window_bias, write_window
 from specproxy_kernels.dispatch import kernel_path, sample_drafts, verify_window
 from specproxy_kernels.laws import (
     LogitPair,
@@ -47,6 +48,7 @@ __all__ = [
     "pack_allowed_tokens",
     "pair_at",
     "philox",
+    "ragged_attention",
     "row_keys",
     "sample_drafts",
     "sample_next_token",
@@ -54,4 +56,5 @@ __all__ = [
     "warp_law",
     "window_attention",
     "window_bias",
+    "write_window",
 ]
