@@ -83,7 +83,7 @@ def _split_range(length, window, num_keys, keys_per_split, sliding_window, SLIDI
     if SLIDING:
         # A query that is not even its own ancestor stands at length - 1 and sees sliding_window keys from there.
         first = tl.maximum(length - sliding_window, 0) // keys_per_split
-    return first, tl.cdiv(tl.minimum(length + window, num_keys), keys_per_split)
+    return first, (tl.minimum(length + window, num_keys) + keys_per_split - 1) // keys_per_split
 
 
 @triton.jit(do_not_specialize=["window", "num_keys", "keys_per_split", "sliding_window"])
@@ -180,8 +180,8 @@ def _attend_kernel(
     key_offset = column[None, :] * keys_stride + dim[:, None] * keys_dim_stride
     value_offset = column[:, None] * values_stride + value_dim[None, :] * values_dim_stride
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    running_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    running_sum = tl.full([BLOCK_M], 0.0, tl.float32)
+    acc = tl.full([BLOCK_M, BLOCK_DV], 0.0, tl.float32)
     for start in tl.range(begin, end, BLOCK_N):
         key = start + column
         is_key = key < end
@@ -262,7 +262,7 @@ def _combine_kernel(
     is_value_dim = value_dim < VALUE_DIM
     row_max = float("-inf")
     row_sum = 0.0
-    acc = tl.zeros([BLOCK_DV], tl.float32)
+    acc = tl.full([BLOCK_DV], 0.0, tl.float32)
     for start in tl.range(first_split, end_split, BLOCK_SPLITS):
         split = start + tl.arange(0, BLOCK_SPLITS)
         is_split = split < end_split
