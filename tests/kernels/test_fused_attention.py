@@ -151,6 +151,16 @@ def test_kernel_equals_reference(case: Case) -> None:
     torch.testing.assert_close(out.double(), want, rtol=tolerance, atol=tolerance)
 
 
+def test_many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More splits than one step of the combination takes; later keys weigh more, so that every step rescales."""
+    monkeypatch.setattr(fused, "KEYS_PER_SPLIT", 64)
+    arguments = Case((1, 2), (16, 24), lengths=(17 * 64 + 3, 8 * 64 - 2, 9 * 64)).tensors()
+    arguments["keys"] = arguments["keys"] * torch.arange(arguments["keys"].shape[2], device=DEVICE)[:, None] / 200
+    wide = {name: arguments[name].double() for name in ("query", "keys", "values")}
+    want = ragged_attention_reference(**(arguments | wide))
+    torch.testing.assert_close(ragged_attention(**arguments).double(), want, rtol=1e-5, atol=1e-5)
+
+
 def rows(arguments: dict[str, Any], index: list[int]) -> dict[str, Any]:
     names = [name for name in ("query", "keys", "values", "lengths", "ancestors") if arguments[name] is not None]
     return arguments | {name: arguments[name][index] for name in names}

@@ -353,8 +353,9 @@ def _write_kernel(
 def _tiles(num_rows: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """Sizes of a program, from what one model and window fix: never from the batch, the lengths or the capacity.
 
-    Chosen so that no variant spills a register on sm_90 and two programs or more fit on a multiprocessor, each with
-    32 KiB or more of keys and values on their way. float32 multiplies without tensor cores and keeps its tile small.
+    Chosen so that no variant spills a register on sm_90, with 32 KiB or more of 16-bit keys and values on their way to
+    each program, two of which fit on a multiprocessor (one, where heads of 256 meet 64 rows). float32 multiplies
+    without tensor cores and keeps its tile small.
     """
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (head_dim, value_dim))
     widest = max(block_d, block_dv)
@@ -377,6 +378,8 @@ def _tiles(num_rows: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> 
         "num_stages": num_stages,
         # Every operation rounds by itself: the variants of the kernel then agree on a row to the last bit.
         "enable_fp_fusion": False,
+        # Left to itself, ptxas spills a few registers of 16-bit variants for one program more on a multiprocessor.
+        "maxnreg": None if dtype == torch.float32 else 255,
     }
 
 
