@@ -7,6 +7,7 @@ unnoticed.
 
 from __future__ import annotations
 
+import linecache
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,11 @@ class _Loader(SourceFileLoader):
         source = Path(self.path).read_text(encoding="utf-8")
         found = source.count(self.mutant.old)
         assert found == 1, f"{self.mutant.name}: {self.mutant.old!r} occurs {found} times in {fullname}"
-        return compile(source.replace(self.mutant.old, self.mutant.new), self.path, "exec")
+        # Triton reads the source of its functions again, by the name that the code object bears.
+        name = f"<{fullname} with {self.mutant.name}>"
+        faulty = source.replace(self.mutant.old, self.mutant.new)
+        linecache.cache[name] = (len(faulty), None, faulty.splitlines(keepends=True), name)
+        return compile(faulty, name, "exec")
 
 
 class _Finder(MetaPathFinder):

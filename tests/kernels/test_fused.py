@@ -1,0 +1,226 @@
+"""The sampling kernels, interpreted on the CPU, against the torch reference under equal noise.
+
+Cases cover every pair of settings (`benchmarks.kernel_cases`); a GPU runs larger ones of the same list, compiled. Faults
+planted in the kernels must be noticed by these comparisons.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from interpreter import quick_interpreter
+from mutation import Mutant, mutated
+
+from benchmarks.kernel_cases import Case, build, compare, run_cycle, sampling_cases
+from specproxy_kernels import DraftLaw, LogitPair, NoiseStream, WarpParameters, gumbel_noise, reference, row_keys
+from specproxy_kernels.noise import PURPOSE_RESIDUAL, PURPOSE_TOKEN
+
+triton = pytest.importorskip("triton", reason="Triton is published for Linux on x86-64 and ARM alone")
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is there: its own suite runs these"),
+    # The interpreter computes inf - inf where a compiled kernel does; numpy warns of it.
+    pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    with quick_interpreter():
+        yield
+
+
+def fused_operations() -> Any:
+    """The kernels' entry points, imported afresh where a fault is planted."""
+    draft = importlib.import_module("specproxy_kernels.fused.draft")
+    verify = importlib.import_module("specproxy_kernels.fused.verify")
+    return SimpleNamespace(sample_drafts=draft.sample_drafts, verify_window=verify.verify_window)
+
+
+def faults(ops: Any, case: Case) -> list[str]:
+    problem = build(case)
+    expected = run_cycle(reference, problem)
+    return compare(problem, expected, run_cycle(ops, problem, expected.tokens)).faults
+
+
+@pytest.mark.parametrize("case", sampling_cases("interpreted"), ids=str)
+def test_kernels_equal_the_reference(case: Case) -> None:
+    assert faults(fused_operations(), case) == []
+
+
+# Laws whose kept set is longer than the kernels' list of candidates, and rows of several splits.
+LONG = [
+    Case(filters="top_k", vocab_size=9001, batch=1, window=2),
+    Case(rule="coupled", rows="mixed", filters="top_p", vocab_size=5000, batch=2, window=2, dtype="bfloat16"),
+    Case(rule="block", filters="min_p", vocab_size=4097, batch=1, window=3),
+    Case(vocab_size=50_257, batch=1, window=2, dtype="bfloat16"),
+]
+
+
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_rows(case: Case) -> None:
+    assert faults(fused_operations(), case) == []
+
+
+@pytest.mark.parametrize("filtered", ["top_k", "top_p", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kept_sets_longer_than_the_list(filtered: str, dtype: torch.dtype) -> None:
+    """A flat law, so that hundreds of ids are kept: settled by passes over the row, with ties at the threshold."""
+    vocab, batch = 1500, 2
+    logits = (torch.randn(batch, 1, vocab, generator=torch.Generator().manual_seed(3)) * 0.3).to(dtype)
+    logits[1] = (logits[1] * 4).round() / 4
+    top_k, top_p = torch.tensor([900, 700]), torch.tensor([0.93, 0.8])
+    parameters = WarpParameters(
+        torch.tensor([1.0, 0.7]),
+        top_k=None if filtered == "top_p" else top_k,
+        top_p=None if filtered == "top_k" else top_p,
+        any_greedy=False,
+        max_top_k=0 if filtered == "top_p" else 900,
+    )
+    noise = NoiseStream(row_keys([5], [0]).repeat(batch), torch.arange(batch))
+    nothing = torch.empty(batch, 0, dtype=torch.long)
+    expected, law = reference.sample_drafts(logits, parameters, nothing, noise, vocab)
+    got, got_law = fused_operations().sample_drafts(logits, parameters, nothing, noise, vocab)
+    assert torch.equal(got, expected)
+    assert got_law.tau is not None and law.tau is not None
+    z = logits[:, 0].to(dtype) / parameters.temperature[:, None].to(dtype)
+    kept = z >= law.tau
+    assert bool((kept.sum(-1) > 512).all())
+    assert torch.equal(z >= got_law.tau, kept)
+    torch.testing.assert_close(got_law.lse, law.lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", reference.RULES)
+def test_a_row_is_the_same_in_every_batch(rule: str) -> None:
+    """Bit for bit: permuted, and alone."""
+    case = Case(rule=rule, rows="mixed", filters="all", penalty="both", vocab_size=300, batch=3, window=3)
+    problem, ops = build(case), fused_operations()
+    whole = run_cycle(ops, problem)
+    for rows in (torch.tensor([2, 0, 1]), torch.tensor([1])):
+        part = run_cycle(ops, problem.take(rows))
+        assert part.law is not None and whole.law is not None
+        for name in ("tokens", "num_accepted", "next_token", "status"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[rows]), name
+        assert torch.equal(part.law.lse, whole.law.lse[rows])
+        assert part.law.tau is not None and whole.law.tau is not None
+        assert torch.equal(part.law.tau, whole.law.tau[rows])
+
+
+@pytest.mark.parametrize("vocab_size", [5, 256, 257, 1024, 3000])
+@pytest.mark.parametrize("block_start", [None, 41])
+def test_noise_is_the_reference_s(vocab_size: int, block_start: int | None) -> None:
+    """Drawn from a flat law, a token is the argmax of the noise alone: every id's noise is seen to be its own."""
+    batch = 6
+    key, start = row_keys(range(batch), [0] * batch), torch.arange(40, 40 + batch)
+    block = None if block_start is None else torch.full((batch,), block_start)
+    logits, parameters = torch.zeros(batch, 1, vocab_size), WarpParameters(torch.ones(batch), any_greedy=False)
+    nothing = torch.empty(batch, 0, dtype=torch.long)
+    noise = NoiseStream(key, start, block)
+    token, _ = fused_operations().sample_drafts(logits, parameters, nothing, noise, vocab_size)
+    gumbel = gumbel_noise(key, start[:, None], PURPOSE_TOKEN, vocab_size, block)
+    assert torch.equal(token, gumbel.argmax(-1))
+    # The bonus token of an empty window takes the residual purpose.
+    drawn = fused_operations().verify_window(
+        "rejection", logits, [], nothing, torch.zeros(batch, dtype=torch.long), None, parameters, noise, vocab_size
+    )
+    gumbel = gumbel_noise(key, start[:, None], PURPOSE_RESIDUAL, vocab_size, block)
+    assert torch.equal(drawn[1], gumbel[:, 0].argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("strided", r"base has stride 2 along the vocabulary.*\.contiguous\(\)"),
+        ("narrow", r"base must be a floating tensor \[B, W, >= 8\]"),
+        ("integer", r"pairs\[0\]\.expert must be a floating tensor"),
+        ("seen", r"seen must be torch\.bool"),
+    ],
+)
+def test_tensors_that_the_kernels_cannot_read(argument: str, message: str) -> None:
+    logits = torch.zeros(1, 1, 8)
+    base = {"strided": torch.zeros(1, 1, 16)[..., ::2], "narrow": torch.zeros(1, 1, 7)}.get(argument, logits)
+    expert = logits.long() if argument == "integer" else logits
+    parameters = WarpParameters(torch.ones(1))
+    if argument == "seen":
+        parameters = replace(parameters, repetition_penalty=torch.ones(1), seen=torch.zeros(1, 8))
+    noise = NoiseStream(row_keys([1], [0]), torch.zeros(1, dtype=torch.long))
+    nothing = torch.empty(1, 0, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        fused_operations().verify_window(
+            "rejection",
+            base,
+            [LogitPair(expert, logits, torch.ones(1, 1))],
+            nothing,
+            torch.zeros(1, dtype=torch.long),
+            None,
+            parameters,
+            noise,
+            8,
+        )
+
+
+# Faults planted in the kernels, each with a case that must notice it.
+NOISE, LAWS, ROWS, FILTERS, VERIFY, DRAFT = (
+    f"specproxy_kernels.fused.{name}" for name in ("noise", "laws", "rows", "filters", "verify", "draft")
+)
+PLAIN = Case(vocab_size=40, batch=12, window=4)
+BLOCKS = replace(PLAIN, rule="block")
+MUTANTS = [
+    (Mutant("residual shares the drafts' noise", VERIFY, "position, _RESIDUAL, first", "position, _TOKEN, first"), PLAIN),
+    (Mutant("coin shares the drafts' noise", VERIFY, "_COIN = tl.constexpr(PURPOSE_COIN)", "_COIN = _TOKEN"), PLAIN),
+    (
+        Mutant("position-only nonce under block", NOISE, "(tl.load(keys.block_start + row) + 1).to(tl.uint32)\n    return", "0\n    return"),
+        BLOCKS,
+    ),
+    (Mutant("q from unfiltered logits", VERIFY, "_log_prob(z, tau, lse, FILTERS).to(COMPUTE)", "(z - lse).to(COMPUTE)"), replace(PLAIN, filters="top_k", batch=24)),
+    (Mutant("q without penalties", VERIFY, "ids, inside, 0, FEATURES, DRAFT_COMPUTE", "ids, inside, 0, 16, DRAFT_COMPUTE"), replace(PLAIN, penalty="both")),
+    (Mutant("early stop in block", VERIFY, "tl.max(tl.where(kept, i + 1, 0), 0)", "tl.min(tl.where(kept, usable, i), 0)"), replace(BLOCKS, batch=24)),
+    (Mutant("noise reused past the budget", NOISE, "(tl.load(keys.start + row) + offset).to(tl.uint32)\n    nonce = zero\n    if BLOCKS:\n        nonce = zero + (tl.load(keys.block_start + row) + 1).to(tl.uint32)\n    return tl.philox(tl.load(keys.key + row), counter", "tl.minimum(tl.load(keys.start + row) + offset, 2).to(tl.uint32)\n    nonce = zero\n    if BLOCKS:\n        nonce = zero + (tl.load(keys.block_start + row) + 1).to(tl.uint32)\n    return tl.philox(tl.load(keys.key + row), counter"), PLAIN),
+    (Mutant("next token from the row before", VERIFY, "position = tl.load(outcome.num_accepted + row).to(tl.int32)", "position = tl.maximum(tl.load(outcome.num_accepted + row).to(tl.int32) - 1, 0)"), PLAIN),
+    (Mutant("anti-expert one position late", LAWS, "_load(pair.anti_expert, row, position,", "_load(pair.anti_expert, row, tl.maximum(position - 1, 0),"), PLAIN),
+    (Mutant("residual without its weight", VERIFY, "kept - lse + log_weight", "kept - lse"), replace(BLOCKS, batch=24)),
+    (Mutant("bonus drawn from the residual", VERIFY, "tl.where(refused & has_residual, residual_token, token)", "residual_token"), PLAIN),
+    (Mutant("ids past the vocabulary left open", LAWS, "mask=inside, other=-INFINITY).to(COMPUTE)", "mask=ids >= 0, other=-INFINITY).to(COMPUTE)"), replace(PLAIN, layout="wider")),
+    (Mutant("temperature forgotten", LAWS, "if SAMPLING & FEATURES:", "if SAMPLING & FEATURES & 1:"), PLAIN),
+    (Mutant("prefix one draft too long", LAWS, "(position > j)", "(position >= j)"), replace(PLAIN, penalty="both")),
+    (Mutant("k-th logit left out", FILTERS, "counts >= least_count", "counts > least_count"), replace(PLAIN, filters="top_k")),
+    (Mutant("a split left out", ROWS, "inside = split < splits\n    at = line * splits + split\n    largest", "inside = split < 1\n    at = line * splits + split\n    largest"), replace(PLAIN, vocab_size=4400, batch=2)),
+    (Mutant("a NaN accepted", VERIFY, " & (log_ratio == log_ratio)", ""), replace(PLAIN, content="broken")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mutant", "case"), MUTANTS, ids=[mutant.name for mutant, _ in MUTANTS])
+def test_planted_faults_are_noticed(mutant: Mutant, case: Case) -> None:
+    with mutated(mutant):
+        ops = fused_operations()
+        found = faults(ops, case)
+    assert found, f"{mutant} went unnoticed"
+
+
+# Keys whose first coin is 0, at index 0 and without or with a block's nonce: one in 2^31.
+ZERO_COIN = {"rejection": 0, "block": 0}
+
+
+@pytest.mark.parametrize("rule", ZERO_COIN)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_coin_of_zero_accepts_nothing_impossible(rule: str, strict: bool) -> None:
+    """A draft that the target forbids is refused even by the coin 0; `<=` for `<` would let it through."""
+    base = torch.tensor([[[-torch.inf, 0.0, 0.0], [0.0, 0.0, 0.0]]])
+    law = DraftLaw(torch.zeros(1, 1, 3), None, torch.full((1, 1), 3.0).log())
+    parameters = WarpParameters(torch.ones(1), any_greedy=False)
+    start = torch.zeros(1, dtype=torch.long)
+    noise = NoiseStream(torch.tensor([ZERO_COIN[rule]]), start, start if rule == "block" else None)
+    assert float(noise.coins(1)) == 0
+    old, new = ("coin < tl.exp", "coin <= tl.exp") if rule == "rejection" else ("BLOCKS) < keep", "BLOCKS) <= keep")
+    with mutated(None if strict else Mutant("<= for <", VERIFY, old, new)):
+        kept, _, _ = fused_operations().verify_window(
+            rule, base, [], torch.tensor([[0]]), torch.tensor([1]), law, parameters, noise, 3
+        )
+    assert kept.tolist() == [0 if strict else 1]
