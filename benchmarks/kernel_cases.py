@@ -46,10 +46,13 @@ __all__ = [
     "build",
     "build_attention",
     "compare",
+    "draw",
+    "draw_all",
     "pairwise",
     "run_attention",
     "run_cycle",
     "sampling_cases",
+    "verify",
 ]
 
 DTYPES = {
@@ -72,7 +75,8 @@ class Case:
         rows: `sampling`, `greedy`, or `mixed`: every third row is greedy.
         filters: `none`, `top_k` (every row at most 50), `top_k_some` (some row keeps all), `top_p`, `min_p`, or
             `top_k_top_p`, or `all`.
-        penalty: a repetition penalty with the tokens seen so far.
+        penalty: `none`, `repetition` (with the tokens seen so far), `counts` (frequency and presence), or `both`.
+        bias: on the combined logits: `none`, `shared` or `own` (one per row).
         mask: allowed tokens: `none`, `shared` (one mask for all) or `own` (one per row and position).
         pairs: `one`, `two`, `lone` (the second without an anti-expert), or `dense` (rows already processed).
         dtype: of all logits; `mixed` is a float32 base over a bfloat16 pair.
@@ -86,7 +90,8 @@ class Case:
     rule: str = "rejection"
     rows: str = "sampling"
     filters: str = "none"
-    penalty: bool = False
+    penalty: str = "none"
+    bias: str = "none"
     mask: str = "none"
     pairs: str = "one"
     dtype: str = "float32"
@@ -101,12 +106,9 @@ class Case:
         default = Case()
         named = [f"{self.rule}-B{self.batch}-W{self.window}-V{self.vocab_size}-{self.dtype}"]
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("rule", "batch", "window", "vocab_size", "dtype"):
-                if value is True:
-                    named.append(field.name)
-                elif value != getattr(default, field.name):
-                    named.append(f"{field.name}={value}")
+            value, named_above = getattr(self, field.name), ("rule", "batch", "window", "vocab_size", "dtype")
+            if field.name not in named_above and value != getattr(default, field.name):
+                named.append(f"{field.name}={value}")
         return "-".join(named)
 
 
@@ -155,7 +157,8 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
         ("rejection", "greedy"),
     ),
     "filters": ("none", "top_k", "top_k_some", "top_p", "min_p", "top_k_top_p", "all"),
-    "penalty": (False, True),
+    "penalty": ("none", "repetition", "counts", "both"),
+    "bias": ("none", "shared", "own"),
     "mask": ("none", "shared", "own"),
     "pairs": ("one", "two", "lone", "dense"),
     "dtype": ("bfloat16", "float32", "float16", "mixed", "float64"),
@@ -220,31 +223,28 @@ def pairwise(factors: Mapping[str, Sequence[Any]], seed: int = 0) -> list[dict[s
     missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]}
 
     def covers(setting: Mapping[str, Any]) -> set[Any]:
-        return {pair for pair in itertools.combinations([(name, setting[name]) for name in names], 2)} & missing
+        return set(itertools.combinations([(name, setting[name]) for name in names], 2)) & missing
+
+    def completed(setting: dict[str, Any]) -> dict[str, Any]:
+        """Further factors in random order, each at the level that covers most with those chosen so far."""
+        order = [name for name in names if name not in setting]
+        rng.shuffle(order)
+        for name in order:
+            gains = [
+                (sum((old, (name, level)) in missing or ((name, level), old) in missing for old in setting.items()), i)
+                for i, level in enumerate(factors[name])
+            ]
+            most = max(gain for gain, _ in gains)
+            setting[name] = factors[name][rng.choice([i for gain, i in gains if gain == most])]
+        return {name: setting[name] for name in names}
 
     settings = [{name: levels[0] for name, levels in factors.items()}]
     missing -= covers(settings[0])
     while missing:
-        best: dict[str, Any] = {}
-        most = 0
         ordered = sorted(missing, key=repr)
-        for _ in range(25):
-            setting = dict(rng.choice(ordered))  # at least one pair that is missing
-            order = [name for name in names if name not in setting]
-            rng.shuffle(order)
-            for name in order:
-                chosen = list(setting.items())
-
-                def gain(level: Any, name: str = name, chosen: list[Any] = chosen) -> int:
-                    new = (name, level)
-                    return sum((old, new) in missing or (new, old) in missing for old in chosen)
-
-                setting[name] = max(rng.sample(list(factors[name]), len(factors[name])), key=gain)
-            found = len(covers(setting))
-            if found > most:
-                best, most = {name: setting[name] for name in names}, found
-        settings.append(best)
-        missing -= covers(best)
+        candidates = [completed(dict(rng.choice(ordered))) for _ in range(25)]
+        settings.append(max(candidates, key=lambda setting: len(covers(setting))))
+        missing -= covers(settings[-1])
     return settings
 
 
@@ -403,13 +403,24 @@ def build(case: Case, device: torch.device | str = "cpu", salt: int = 0) -> Prob
         top_k = per_row(5, 50, 1, 20, dtype=torch.long)
     elif filters == "top_k_some":
         top_k = per_row(0, 7, 200, dtype=torch.long)
+    repeats = case.penalty in ("repetition", "both")
+    counts = bias = None
+    if case.penalty in ("counts", "both"):
+        counts = (torch.rand(batch, vocab, generator=generator, device=device) * 5 - 3).clamp_(min=0).to(torch.int32)
+    if case.bias != "none":
+        shape = (1 if case.bias == "shared" else batch, vocab)
+        bias = torch.randn(shape, generator=generator, device=device).masked_fill_(chance(*shape, p=0.9), 0)
     parameters = WarpParameters(
         temperature,
         top_k=top_k,
         top_p=per_row(0.9, 0.5, 1.0) if filters in ("top_p", "top_k_top_p", "all") else None,
         min_p=per_row(0.05, 0.0, 0.3) if filters in ("min_p", "all") else None,
-        repetition_penalty=per_row(1.3, 1.0, 0.8) if case.penalty else None,
-        seen=chance(batch, vocab, p=0.2) if case.penalty else None,
+        repetition_penalty=per_row(1.3, 1.0, 0.8) if repeats else None,
+        seen=chance(batch, vocab, p=0.2) if repeats else None,
+        frequency_penalty=per_row(0.4, 0.0, -0.2) if counts is not None else None,
+        presence_penalty=per_row(0.3, 0.5, 0.0) if counts is not None else None,
+        counts=counts,
+        logit_bias=bias,
         allowed=allowed,
         max_top_k=int(max((5, 50, 1, 20)[: min(batch, 4)])) if bounded else 0,
         any_greedy=case.rows == "greedy" or case.rows == "mixed",
@@ -442,15 +453,11 @@ class Outcome(NamedTuple):
     status: Tensor
 
 
-def draw(ops: Any, problem: Problem, drafts: Tensor, position: int, noise: NoiseStream) -> tuple[Tensor, DraftLaw]:
-    """`sample_drafts` of a module at one position, after the drafts [B, i] before it."""
-    case = problem.case
-    at = torch.full((case.batch, 1), position, dtype=torch.long, device=problem.base.device)
-    gumbel = None
-    if problem.parameters.any_sampling:
-        gumbel = noise.tokens(case.window, case.vocab_size)[:, position : position + 1]
+def draw(ops: Any, problem: Problem, drafts: Tensor, noise: NoiseStream) -> tuple[Tensor, DraftLaw]:
+    """`sample_drafts` of a module at the window position after the drafts [B, i]."""
+    position = drafts.shape[1]
     logits = problem.draft_logits[:, position : position + 1]
-    return ops.sample_drafts(logits, problem.parameters, drafts, at, gumbel, case.vocab_size)
+    return ops.sample_drafts(logits, problem.parameters, drafts, noise, problem.case.vocab_size)
 
 
 def draw_all(ops: Any, problem: Problem, drafts: Tensor | None, noise: NoiseStream) -> tuple[Tensor, DraftLaw | None]:
@@ -460,7 +467,7 @@ def draw_all(ops: Any, problem: Problem, drafts: Tensor | None, noise: NoiseStre
     laws: list[DraftLaw] = []
     for i in range(count):
         prefix = tokens if drafts is None else drafts[:, :i]
-        token, law = draw(ops, problem, prefix, i, noise)
+        token, law = draw(ops, problem, prefix, noise)
         tokens = torch.cat([tokens, token], dim=1)
         laws.append(law)
     if not laws:
@@ -522,7 +529,7 @@ _LAW_TOLERANCE = 2e-4  # of tau and lse, absolute: rounding of a sum over the vo
 
 
 class _Shaken(NoiseStream):
-    """A stream whose coins move by `coin`, and whose noise of chosen tokens, int64 [B] or [B, N], moves."""
+    """A stream whose coins move by `coin`, the noise of drafts [B, N] by `draft[1]`, of the last token by `SHAKE`."""
 
     def __init__(self, problem: Problem, coin: float, draft: tuple[Tensor, float] | None, last: Tensor | None) -> None:
         noise = problem.noise()
@@ -592,13 +599,8 @@ def compare(problem: Problem, expected: Outcome, got: Outcome) -> Comparison:
                     faults.append(f"{name} of the draft law is off by {worst:.3g}")
     wrong = (expected.tokens != got.tokens) & usable
     for i in wrong.any(0).nonzero()[:, 0].tolist():
-        shaken = _Shaken(problem, 0.0, None, None)
-        gumbel = shaken.tokens(case.window, case.vocab_size)
-        index = got.tokens[:, i : i + 1, None].clamp(0, case.vocab_size - 1)
-        here = gumbel[:, i : i + 1].scatter_add(-1, index, torch.full_like(index, SHAKE, dtype=gumbel.dtype))
-        moved = torch.cat([gumbel[:, :i], here, gumbel[:, i + 1 :]], dim=1)
-        shaken._drawn = moved
-        token, _ = draw(torch_reference, problem, drafts[:, :i], i, shaken)
+        safe = got.tokens.clamp(0, case.vocab_size - 1)
+        token, _ = draw(torch_reference, problem, drafts[:, :i], _Shaken(problem, 0.0, (safe, SHAKE), None))
         same = token[:, 0] == got.tokens[:, i]
         near += int((wrong[:, i] & same).sum())
         for row in (wrong[:, i] & ~same).nonzero()[:, 0].tolist():

@@ -52,9 +52,10 @@ def resource_faults(kernels: list[dict[str, Any]]) -> list[str]:
 
 
 def coverage_faults(record: dict[str, Any]) -> list[str]:
-    """Kernels that no case launched."""
-    launched = {kernel["name"] for kernel in record["kernels"]}
-    return [f"{name} was never launched" for name in record["defined"] if name not in launched]
+    """Kernels that do not compile, and those that no case launched."""
+    launched = {kernel["name"] for kernel in record["kernels"]} | {name.split()[0] for name in record["failures"]}
+    faults = [f"{name} does not compile: {error}" for name, error in record["failures"].items()]
+    return faults + [f"{name} was never launched" for name in record["defined"] if name not in launched]
 
 
 def compiled(workload: str, cache: Path) -> dict[str, Any]:
@@ -96,9 +97,11 @@ def test_every_kernel_compiles_within_its_bounds(tmp_path: Path) -> None:
     assert resource_faults(record["kernels"]) == []
 
 
-def test_check_sees_a_spill_and_a_kernel_that_nobody_launches(tmp_path: Path) -> None:
+def test_check_sees_spills_and_kernels_that_fail_or_are_never_launched(tmp_path: Path) -> None:
     record = compiled("toy-spilling", tmp_path)
-    assert coverage_faults(record) == ["toy_kernels.forgotten_kernel was never launched"]
+    faulty, forgotten = coverage_faults(record)
+    assert faulty.startswith("toy_kernels.faulty_kernel {'BLOCK': 16384} does not compile")
+    assert forgotten == "toy_kernels.forgotten_kernel was never launched"
     assert record["helpers"] == ["toy_kernels._shifted"]
     (fault,) = resource_faults(record["kernels"])
     assert fault.startswith("toy_kernels.spilling_kernel") and "spills" in fault

@@ -1,4 +1,4 @@
-"""Two Triton kernels with known resources, on which the checks of compiled kernels are tested."""
+"""Triton kernels with known resources and faults, on which the checks of compiled kernels are tested."""
 
 import triton
 import triton.language as tl
@@ -27,6 +27,15 @@ def spilling_kernel(x_ptr, y_ptr, rounds, BLOCK: tl.constexpr):
         b = b * c + a
         c = c * a + b
     tl.store(y_ptr + i, a + b + c)
+
+
+@triton.jit
+def faulty_kernel(x_ptr, BLOCK: tl.constexpr):
+    """A variable that changes its shape under a condition: refused by the compiler."""
+    x = tl.load(x_ptr)
+    if x > 0:
+        x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(x_ptr + tl.arange(0, BLOCK), x)
 
 
 @triton.jit
