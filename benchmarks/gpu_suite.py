@@ -1,5 +1,6 @@
 """Everything that needs a GPU, in one command of several short calls: checks of the kernels, then their times.
 
+    compile               machine code for everything below, by many processes: it takes longer than running
     sampling, attention   the pairwise cases compiled: the reference's answers; rows that do not see each other; graphs
     large                 the same at 64 rows, windows of 9 and 151,936 ids
     memcheck, racecheck   a few small cases under compute-sanitizer
@@ -17,11 +18,17 @@ Example:
 from __future__ import annotations
 
 import argparse
+import importlib
+import multiprocessing
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +37,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees it
 import torch
 from rich.console import Console
 
+import specproxy.accept
+import specproxy.draft.expert
+import specproxy_kernels
 from benchmarks import kernels
-from benchmarks.device_time import machine
+from benchmarks.device_time import machine, short_error
 from benchmarks.floors import judge
-from benchmarks.kernel_cases import Case, attention_cases, sampling_cases
+from benchmarks.kernel_cases import Case, attention_cases, build, run_cycle, sampling_cases
 from benchmarks.kernel_checks import check_all, check_attention, check_sampling, summarised
 from benchmarks.report import require_matplotlib
 from benchmarks.steps import FAILED, FINISHED, Skipped, Step, load, run_steps, store
 from benchmarks.trace import device_work_within, marked, profiled
+from specproxy import ProxyTunedModel
+from specproxy.demo import example_prompts
 
 __all__ = ["LARGE", "PARTS", "kernel_steps", "main", "sanitized", "time_settings"]
 
@@ -52,8 +64,42 @@ LARGE = tuple(
         ("coupled", "min_p", "counts"),
     )
 )
-_SMALL_CASES = 8  # cases that the sanitizers run
+_SMALL_CASES = 8  # of sampling, that the sanitizers run
 _SANITIZER_SECONDS = 240
+_PROFILED = ("rejection", "block", "coupled")
+
+
+# Compilation ahead: Triton keeps machine code on disk, where the steps that follow find it.
+
+
+def warm(job: tuple[str, Any]) -> str | None:
+    """Compile what one job needs, by running it once at two rows; the error, if there is one."""
+    kind, what = job
+    device = torch.device("cuda")
+    try:
+        if kind == "case":
+            problem = build(replace(what, batch=2), device)
+            run_cycle(specproxy_kernels, problem)
+        elif kind == "generate":
+            generation(device, what)()
+        else:
+            size, _, window = what.shape
+            small = replace(what, shape=(size, 2, window))
+            kernels.measure_row(small, kernels.Context(device, 1e12, compile=False, repeats=2, kernels_alone=True))
+        torch.cuda.synchronize()
+    except Exception as error:  # reported with its job; the step that needs it will say more
+        return f"{kind} {what}: {short_error(error)}"
+    return None
+
+
+def compile_ahead(settings: Sequence[kernels.Setting], workers: int) -> Findings:
+    """Compile for the times, the large cases and the profiles."""
+    jobs: list[tuple[str, Any]] = [("case", case) for case in LARGE] + [("generate", rule) for rule in _PROFILED]
+    # The batch chooses no machine code.
+    jobs += [("time", setting) for setting in {replace(s, shape=(s.shape[0], 2, s.shape[2])) for s in settings}]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        faults = [fault for fault in pool.map(warm, jobs) if fault is not None]
+    return {"jobs": len(jobs), "workers": workers}, faults
 
 
 def on_device(device: torch.device, workers: int) -> dict[str, Callable[[], Findings]]:
@@ -71,13 +117,14 @@ def on_device(device: torch.device, workers: int) -> dict[str, Callable[[], Find
 
 def small_cases() -> tuple[list[Any], list[Any]]:
     """The few cases that run under a sanitizer: small, and of every rule."""
-    sampling = sampling_cases("interpreted")
-    attention = attention_cases("interpreted")
-    return list(sampling[:: max(1, len(sampling) // _SMALL_CASES)]), list(attention[::4])
+    # Of the device's cases, whose machine code is there by then.
+    sampling = [case for case in sampling_cases("device") if case.vocab_size <= 2051]
+    attention = [case for case in attention_cases("device") if case.longest <= 700]
+    return sampling[:: max(1, len(sampling) // _SMALL_CASES)], attention[:: max(1, len(attention) // 4)]
 
 
 def sanitized() -> int:
-    """What runs under the sanitizer: small cases compared with the reference on the GPU, without graphs."""
+    """What runs under the sanitizer: small cases held against the reference on the GPU, without graphs."""
     sampling, attention = small_cases()
     reports = [check_sampling(case, "cuda", checks=("equal",)) for case in sampling]
     reports += [check_attention(case, "cuda", checks=("equal",)) for case in attention]
@@ -119,10 +166,7 @@ def sanitizer(tool: str) -> Findings:
 
 def own_kernel_names() -> set[str]:
     """Names of every jitted function of the package, as a profile shows them."""
-    import importlib
-    import pkgutil
-
-    from triton.runtime.jit import JITFunction
+    from triton.runtime.jit import JITFunction  # on machines without triton the rest of this file still works
 
     package = importlib.import_module("specproxy_kernels.fused")
     names = set()
@@ -132,25 +176,28 @@ def own_kernel_names() -> set[str]:
     return names
 
 
-def generation_profile(device: torch.device, rule: str) -> Findings:
-    """What drafting and acceptance of a cycle launch in a `generate` with filters and penalties."""
-    import specproxy.accept
-    import specproxy.draft.expert
-    from specproxy import ProxyTunedModel
-    from specproxy.demo import example_prompts
-
+def generation(device: torch.device, rule: str) -> Callable[[], Any]:
+    """A `generate` of the embedded trio with filters and penalties."""
     model = ProxyTunedModel.demo("arithmetic", device=str(device), dtype=torch.bfloat16)
-    tokenizer = model.tokenizer
-    prompts = [tokenizer(text).input_ids for text in example_prompts("arithmetic")[:2]]
+    prompts = [model.tokenizer(text).input_ids for text in example_prompts("arithmetic")[:2]]
     width = min(map(len, prompts))
     ids = torch.tensor([prompt[-width:] for prompt in prompts], device=device)
+    warp = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1}
+    return partial(
+        model.generate,
+        ids,
+        max_new_tokens=24,
+        num_draft_tokens=4,
+        do_sample=True,
+        acceptance=rule,
+        seed=0,
+        **warp,
+    )
 
-    def generate() -> Any:
-        return model.generate(
-            ids, max_new_tokens=24, num_draft_tokens=4, do_sample=True, temperature=0.8, top_k=50, top_p=0.9,
-            repetition_penalty=1.1, acceptance=rule, seed=0,
-        )  # fmt: skip
 
+def generation_profile(device: torch.device, rule: str) -> Findings:
+    """What drafting and acceptance of a cycle launch in that `generate`."""
+    generate = generation(device, rule)
     generate()  # compiles
     ours = own_kernel_names()
     result: dict[str, Any] = {}
@@ -237,13 +284,15 @@ def kernel_steps(device: torch.device, options: argparse.Namespace) -> list[Step
             shared.append(kernels.make_context(device))
         return shared[0]
 
-    steps = [Step(name, run, 120) for name, run in on_device(device, options.workers).items()]
+    settings = time_settings()
+    steps = [Step("compile", lambda: compile_ahead(settings, options.workers), 240)]
+    steps += [Step(name, run, 200) for name, run in on_device(device, options.workers).items()]
     steps += [Step(tool, lambda tool=tool: sanitizer(tool), _SANITIZER_SECONDS) for tool in ("memcheck", "racecheck")]  # type: ignore[misc]
     steps += [
         Step(f"profile {rule}", lambda rule=rule: generation_profile(device, rule), 60)  # type: ignore[misc]
-        for rule in ("rejection", "block", "coupled")
+        for rule in _PROFILED
     ]
-    for setting in time_settings():
+    for setting in settings:
         compiles = options.compile and wants_compile(setting)
         steps.append(
             Step(
@@ -274,6 +323,7 @@ def report(record: dict[str, Any], path: Path, console: Console) -> int:
             "bandwidth_tb_per_s": about["bandwidth_tb_per_s"],
             "rows": [step["result"] for step in timings],
         }
+        kernels.with_noise(rows["rows"])
         kernels.print_rows(console, rows)
         try:
             require_matplotlib()
@@ -305,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget-seconds", type=float, default=500.0, help="no step begins that would end later")
     parser.add_argument("--only", nargs="+", default=[], help="beginnings of the names of steps to run")
     parser.add_argument("--again", nargs="+", default=[], help="beginnings of the names of finished steps to repeat")
-    parser.add_argument("--workers", type=int, default=min(8, max(1, (os.cpu_count() or 2) // 2)))
+    parser.add_argument("--workers", type=int, default=min(14, max(1, (os.cpu_count() or 2) - 2)))
     parser.add_argument(
         "--no-compile", dest="compile", action="store_false", help="leave torch.compile out of the times"
     )

@@ -35,6 +35,8 @@ from specproxy_kernels import reference as torch_reference
 
 __all__ = [
     "ATTENTION_FACTORS",
+    "QUICK",
+    "QUICK_ATTENTION",
     "SAMPLING_FACTORS",
     "AttentionCase",
     "AttentionProblem",
@@ -166,14 +168,40 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
     "content": ("plain", "ties", "masked", "broken"),
     "layout": ("plain", "wider"),
 }
-# Shapes by scale. `interpreted`: a program of Triton's interpreter takes milliseconds. `compiled`: nothing runs, sizes
-# only choose a specialisation (divisible by 16, equal to 1). `device`: a GPU runs them.
+# By scale. `interpreted`: a program of Triton's interpreter takes milliseconds. `compiled`: nothing runs, sizes only
+# choose a specialisation (divisible by 16, equal to 1). `device`: a GPU runs them.
 SAMPLING_FACTORS: dict[str, dict[str, tuple[Any, ...]]] = {
     "interpreted": _SETTINGS | {"vocab_size": (257, 33, 1000, 2051), "batch": (2, 1, 3), "window": (3, 1, 2)},
-    "compiled": _SETTINGS | {"vocab_size": (32_000, 151_936, 2051), "batch": (2, 1), "window": (5, 1, 9)},
+    # Few levels, since machine code for one kernel takes seconds: those that change the code most.
+    "compiled": {
+        "law": tuple((rule, "mixed") for rule in RULES),
+        "filters": ("none", "all", "top_p"),
+        "penalty": ("none", "both"),
+        "bias": ("none", "own"),
+        "mask": ("none", "own"),
+        "pairs": ("one", "two", "dense"),
+        "dtype": ("bfloat16", "float32", "float64"),
+        "vocab_size": (151_936, 32_000),
+        "batch": (2, 1),
+        "window": (5, 9),
+        "drafts": ("drawn", "certain"),
+        "layout": ("plain", "wider"),
+    },
     "device": _SETTINGS
     | {"vocab_size": (32_000, 33, 2051, 50_257, 151_936, 262_144), "batch": (3, 1, 8), "window": (5, 1, 2, 9)},
 }
+# What every run of the tests compiles: each kernel plain, as most calls have it, and with everything at once.
+QUICK = (
+    Case(rule="rejection", dtype="bfloat16", vocab_size=151_936),
+    Case(rule="rejection", rows="greedy", dtype="bfloat16", vocab_size=32_000),
+    Case(rule="block", rows="mixed", filters="all", penalty="both", bias="own", mask="own", pairs="two",
+         dtype="bfloat16", vocab_size=32_000),
+    Case(rule="coupled", filters="top_p", dtype="bfloat16", vocab_size=151_936),
+)  # fmt: skip
+QUICK_ATTENTION = (
+    AttentionCase(28, 4, 128, batch=8, longest=4096, dtype="bfloat16", layout="transposed"),
+    AttentionCase(8, 4, 256, window=9, longest=300, dtype="float32", sliding_window=100, softcap=2.5),
+)
 _ATTENTION: dict[str, tuple[Any, ...]] = {
     "buffer": ("roomy", "tight"),
     "softcap": (0.0, 2.5),

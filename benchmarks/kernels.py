@@ -57,7 +57,22 @@ from benchmarks.kernel_cases import (
 from benchmarks.report import require_matplotlib
 from specproxy_kernels import reference
 
-__all__ = ["HEADS", "RULE_NAMES", "SHAPES", "VARIANTS", "Setting", "bars", "main", "measure_row", "print_rows", "rows"]
+__all__ = [
+    "HEADS",
+    "RULE_NAMES",
+    "SHAPES",
+    "VARIANTS",
+    "Context",
+    "Setting",
+    "bars",
+    "main",
+    "make_context",
+    "measure_row",
+    "plot",
+    "print_rows",
+    "rows",
+    "with_noise",
+]
 
 SHAPES = ((32_000, 1, 5), (32_000, 8, 5), (32_000, 64, 9), (151_936, 1, 5), (151_936, 8, 5), (151_936, 64, 9))
 RULE_NAMES = ("rejection", "block", "coupled", "greedy")
@@ -104,6 +119,7 @@ class Context:
     Args:
         bandwidth: bytes a second of a copy on the device.
         compile: time `torch.compile` of the references too.
+        kernels_alone: time nothing beside the kernels.
         repeats: measurements of a figure; by default as many as fit a fraction of a second.
     """
 
@@ -111,6 +127,7 @@ class Context:
     bandwidth: float
     compile: bool = True
     repeats: int | None = None
+    kernels_alone: bool = False
 
 
 # The problems.
@@ -232,6 +249,8 @@ def _time_all(
         _timed("torch_eager", lambda: time_calls([partial(by_torch, item) for item in inputs], device, repeats), row)
         return
     both("kernels", [partial(by_kernels, item) for item in inputs])
+    if context.kernels_alone:
+        return
     both("torch_eager", [partial(by_torch, item) for item in inputs])
     for way, function in (further or {}).items():
         both(way, [partial(function, item) for item in inputs])
@@ -514,7 +533,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     measured = []
     for setting in rows(options):
         measured.append(measure_row(setting, context))
-        console.print(_line(measured[-1]))
+        console.print(_line(measured[-1]), markup=False)
+    with_noise(measured)
     record = {
         "machine": machine(device),
         "clock": "device events" if device.type == "cuda" else "wall clock, torch reference alone",
@@ -541,6 +561,23 @@ def _cell(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def with_noise(rows: Sequence[dict[str, Any]]) -> None:
+    """Add to rows of `coupled` what their random numbers cost by themselves, from the row of `noise` of that shape.
+
+    `over_arithmetic` is their time over the larger of both floors.
+    """
+    noise = {
+        tuple(row["shape"]): row["times"]["kernels_graph"]["median_us"]
+        for row in rows
+        if row["part"] == "noise" and row["times"].get("kernels_graph")
+    }
+    for row in rows:
+        own, alone = row["times"].get("kernels_graph"), noise.get(tuple(row["shape"]))
+        if row["part"] == "verify" and row["rule"] == "coupled" and own and alone:
+            row["noise_us"] = alone
+            row["over_arithmetic"] = round(own["median_us"] / max(alone, row["floor_us"]), 3)
+
+
 def print_rows(console: Console, record: dict[str, Any]) -> None:
     """One table of all rows, with what failed below it."""
     if not console.is_terminal:
@@ -549,11 +586,12 @@ def print_rows(console: Console, record: dict[str, Any]) -> None:
     table = Table(title=f"{machine_name}, copy {bandwidth} TB/s, medians in microseconds ({record['clock']})")
     ways = [way for name in WAYS for way in (f"{name}_graph", name)]
     ways = [way for way in ways if any(way in row["times"] for row in record["rows"])]
-    for column in ("setting", "floor", *ways, "over floor"):
+    for column in ("setting", "floor", *ways, "over floor", "over noise"):
         table.add_column(column.replace("_", " "), justify="left" if column == "setting" else "right")
     for row in record["rows"]:
         cells = [_cell((row["times"].get(way) or {}).get("median_us")) for way in ways]
-        table.add_row(row["name"], _cell(row.get("floor_us")), *cells, _cell(row["over_floor"], 2))
+        over = _cell(row["over_floor"], 2), _cell(row.get("over_arithmetic"), 2)
+        table.add_row(row["name"], _cell(row.get("floor_us")), *cells, *over)
     console.print(table)
     for row in record["rows"]:
         for way, error in row["errors"].items():

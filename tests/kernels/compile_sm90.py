@@ -9,7 +9,7 @@ A script, because Triton decides at import whether kernels are compiled or inter
 suite interpreted. It prints one JSON line on standard output.
 
 Example:
-    python tests/kernels/compile_sm90.py --workload package
+    python tests/kernels/compile_sm90.py --workload quick
 """
 
 from __future__ import annotations
@@ -43,7 +43,16 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import specproxy_kernels
-from benchmarks.kernel_cases import attention_cases, build, build_attention, run_attention, run_cycle, sampling_cases
+from benchmarks.kernel_cases import (
+    QUICK,
+    QUICK_ATTENTION,
+    attention_cases,
+    build,
+    build_attention,
+    run_attention,
+    run_cycle,
+    sampling_cases,
+)
 
 ARCHITECTURE = 90
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -165,13 +174,13 @@ def force_path(package: ModuleType) -> None:
             module.kernel_path = lambda device: "triton"  # type: ignore[attr-defined]
 
 
-def run_package() -> None:
+def run_package(full: bool) -> None:
     """The public operations over the cover of cases."""
     force_path(specproxy_kernels)
-    for case in sampling_cases("compiled"):
+    for case in sampling_cases("compiled") if full else QUICK:
         run_cycle(specproxy_kernels, build(case))
-    for case in attention_cases("compiled"):
-        run_attention(specproxy_kernels.window_attention, build_attention(case))
+    for attention_case in attention_cases("compiled") if full else QUICK_ATTENTION:
+        run_attention(specproxy_kernels.window_attention, build_attention(attention_case))
 
 
 def run_toy(block: int) -> None:
@@ -187,7 +196,7 @@ def run_toy(block: int) -> None:
 def main() -> int:
     """Compile and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workload", choices=["package", "toy-small", "toy-spilling"], default="package")
+    parser.add_argument("--workload", choices=["quick", "full", "toy-small", "toy-spilling"], default="quick")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set, which leaves nothing to compile")
@@ -196,9 +205,9 @@ def main() -> int:
     began = time.perf_counter()
     recorder = Recorder()
     recorder.install()
-    if options.workload == "package":
+    if options.workload in ("quick", "full"):
         package = importlib.import_module("specproxy_kernels.fused")
-        run_package()
+        run_package(options.workload == "full")
     else:
         package = importlib.import_module("toy_kernels")
         run_toy(16384 if options.workload == "toy-spilling" else 256)

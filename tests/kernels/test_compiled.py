@@ -90,8 +90,9 @@ def print_table(record: dict[str, Any]) -> None:
 @pytest.mark.skipif(
     importlib.util.find_spec("specproxy_kernels.fused") is None, reason="the package holds no fused kernels"
 )
-def test_every_kernel_compiles_within_its_bounds(tmp_path: Path) -> None:
-    record = compiled("package", tmp_path)
+@pytest.mark.parametrize("workload", ["quick", pytest.param("full", marks=pytest.mark.slow)])
+def test_every_kernel_compiles_within_its_bounds(workload: str, tmp_path: Path) -> None:
+    record = compiled(workload, tmp_path)
     print_table(record)
     assert coverage_faults(record) == []
     assert resource_faults(record["kernels"]) == []
