@@ -32,6 +32,7 @@ from specproxy_kernels import (
     window_bias,
 )
 from specproxy_kernels import reference as torch_reference
+from specproxy_kernels.laws import penalised
 
 __all__ = [
     "ATTENTION_FACTORS",
@@ -553,7 +554,7 @@ class Comparison:
 
 
 SHAKE = 1e-4  # moves of coins and Gumbel noise that rounding may account for
-_LAW_TOLERANCE = 2e-4  # of tau and lse, absolute: rounding of a sum over the vocabulary in float32
+_LAW_TOLERANCE = 2e-4  # of kept mass and its logarithm: rounding of a sum over the vocabulary in float32
 
 
 class _Shaken(NoiseStream):
@@ -595,6 +596,35 @@ def _explained(problem: Problem, drafts: Tensor, law: DraftLaw | None, got: Sequ
     return explained
 
 
+def _law_faults(problem: Problem, expected: DraftLaw, got: DraftLaw, drafts: Tensor, usable: Tensor) -> list[str]:
+    """Draft laws that differ: in the ids they keep, weighed by their mass, or in the logarithm of the kept mass.
+
+    A threshold may stand anywhere between the last id that is kept and the first that is not. Greedy rows have a law
+    that nothing is drawn from.
+    """
+    if (expected.tau is None) != (got.tau is None):
+        return [f"tau is {'absent' if got.tau is None else 'present'} in the draft law"]
+    if problem.parameters.any_sampling and problem.parameters.any_greedy:
+        usable = usable & ~problem.parameters.greedy[:, None]
+    faults = []
+    gap = ((expected.lse.double() - got.lse.double()).abs() / (1 + expected.lse.double().abs()))[usable]
+    if gap.numel() and not float(gap.max()) <= _LAW_TOLERANCE:
+        faults.append(f"lse of the draft law is off by {float(gap.max()):.3g}")
+    if expected.tau is not None and got.tau is not None:
+        logits = problem.draft_logits[:, : drafts.shape[1], : problem.case.vocab_size]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        position = torch.arange(drafts.shape[1], device=drafts.device).expand(drafts.shape[0], -1)
+        z = penalised(logits, problem.parameters, drafts, position)
+        kept = z >= expected.tau[..., None]
+        edge = got.tau[..., None]
+        margin = 1e-5 * (1 + edge.abs().masked_fill(~edge.isfinite(), 0))
+        misplaced = (kept & ~(z >= edge - margin)) | (~kept & ~(z < edge + margin))
+        mass = ((z - expected.lse[..., None]).exp() * misplaced).sum(-1)[usable]
+        if mass.numel() and not float(mass.max()) <= _LAW_TOLERANCE:
+            faults.append(f"tau of the draft law misplaces a mass of {float(mass.max()):.3g}")
+    return faults
+
+
 def compare(problem: Problem, expected: Outcome, got: Outcome) -> Comparison:
     """Hold an outcome against the reference's.
 
@@ -616,15 +646,7 @@ def compare(problem: Problem, expected: Outcome, got: Outcome) -> Comparison:
     if expected.law is not None and got.law is not None:
         usable = expected.law.lse.isfinite()
         decisions += int(usable.sum())
-        for name, left, right in zip(("tau", "lse"), expected.law[1:], got.law[1:], strict=True):
-            if (left is None) != (right is None):
-                faults.append(f"{name} is {'absent' if right is None else 'present'} in the draft law")
-            elif left is not None and right is not None:
-                gap = (left.double() - right.double()).abs().masked_fill(left == right, 0).masked_fill(~usable, 0)
-                scale = 1 + left.double().abs().masked_fill(~left.isfinite(), 0)
-                worst = float((gap / scale).max()) if gap.numel() else 0.0
-                if not worst <= _LAW_TOLERANCE:
-                    faults.append(f"{name} of the draft law is off by {worst:.3g}")
+        faults += _law_faults(problem, expected.law, got.law, drafts, usable)
     wrong = (expected.tokens != got.tokens) & usable
     for i in wrong.any(0).nonzero()[:, 0].tolist():
         safe = got.tokens.clamp(0, case.vocab_size - 1)

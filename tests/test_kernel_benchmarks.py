@@ -89,10 +89,13 @@ def test_comparison_sees_what_is_wrong() -> None:
         "no id": right._replace(next_token=right.next_token + vocab),
         "status": right._replace(status=right.status + 1),
         "lse of": right._replace(law=right.law._replace(lse=right.law.lse + 0.01)),
-        "tau of": right._replace(law=right.law._replace(tau=right.law.tau * 1.01)),
+        "tau of": right._replace(law=right.law._replace(tau=right.law.tau - 0.5)),
+        "misplaces": right._replace(law=right.law._replace(tau=right.law.tau * torch.nan)),
         "absent": right._replace(law=right.law._replace(tau=None)),
         "off by nan": right._replace(law=right.law._replace(lse=right.law.lse * torch.nan)),
     }
+    # Between two logits a threshold may stand anywhere.
+    assert compare(problem, right, right._replace(law=right.law._replace(tau=right.law.tau - 1e-4))).faults == []
     for word, outcome in wrong.items():
         faults = compare(problem, right, outcome).faults
         assert faults and any(word in fault for fault in faults), word
