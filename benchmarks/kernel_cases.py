@@ -14,7 +14,7 @@ import itertools
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -29,7 +29,6 @@ from specproxy_kernels import (
     WarpParameters,
     pack_allowed_tokens,
     row_keys,
-    window_bias,
 )
 from specproxy_kernels import reference as torch_reference
 from specproxy_kernels.laws import penalised
@@ -54,6 +53,7 @@ __all__ = [
     "pairwise",
     "run_attention",
     "run_cycle",
+    "run_write",
     "sampling_cases",
     "verify",
 ]
@@ -123,11 +123,12 @@ class AttentionCase:
         heads, kv_heads, head_size: H, H_kv, D.
         batch, window: B, T.
         longest: keys before the window of the longest row; the others are spread below it, the first has none.
-        buffer: `tight` (S = longest + T) or `roomy`: further keys behind every row's window, which hold garbage.
+        buffer: `tight` (S = longest + T), or `roomy`: longer. What lies behind a row's window is NaN.
         sliding_window: keys a query sees, or 0 for all.
         softcap: c of c * tanh(x / c), or 0 for none.
         dtype: of query, keys and values.
         layout: `plain`; `transposed`: queries as they leave a projection, [B, T, H, D] transposed.
+        tree: the window is a random token tree, T at most 64.
     """
 
     heads: int = 4
@@ -141,6 +142,7 @@ class AttentionCase:
     softcap: float = 0.0
     dtype: str = "float32"
     layout: str = "plain"
+    tree: bool = False
 
     def __str__(self) -> str:
         shape = f"H{self.heads}of{self.kv_heads}-D{self.head_size}-B{self.batch}-T{self.window}-L{self.longest}"
@@ -149,6 +151,8 @@ class AttentionCase:
             named.append(f"sliding={self.sliding_window}")
         if self.softcap:
             named.append(f"softcap={self.softcap:g}")
+        if self.tree:
+            named.append("tree")
         return "-".join(named)
 
 
@@ -203,11 +207,16 @@ QUICK_ATTENTION = (
     AttentionCase(28, 4, 128, batch=8, longest=4096, dtype="bfloat16", layout="transposed"),
     AttentionCase(8, 4, 256, window=9, longest=300, dtype="float32", sliding_window=100, softcap=2.5),
 )
+PREFILL = (  # windows whose parallelism lies in their queries
+    AttentionCase(28, 4, 128, batch=2, window=200, longest=0, dtype="bfloat16", layout="transposed"),
+    AttentionCase(8, 4, 64, batch=3, window=100, longest=500, dtype="float32", sliding_window=150, softcap=2.5),
+)
 _ATTENTION: dict[str, tuple[Any, ...]] = {
     "buffer": ("roomy", "tight"),
     "softcap": (0.0, 2.5),
     "dtype": ("bfloat16", "float16", "float32"),
     "layout": ("transposed", "plain"),
+    "tree": (False, True),
 }
 ATTENTION_FACTORS: dict[str, dict[str, tuple[Any, ...]]] = {
     "interpreted": _ATTENTION
@@ -230,7 +239,7 @@ ATTENTION_FACTORS: dict[str, dict[str, tuple[Any, ...]]] = {
     | {
         "shape": ((28, 4, 128), (32, 8, 128), (8, 8, 64), (8, 4, 256), (6, 2, 80)),
         "batch": (3, 1, 8),
-        "window": (5, 1, 2, 9),
+        "window": (5, 1, 2, 9, 33),
         "longest": (700, 0, 33, 4096),
         "sliding_window": (0, 100, 1),
     },
@@ -294,7 +303,7 @@ def attention_cases(scale: str) -> tuple[AttentionCase, ...]:
     for setting in pairwise(ATTENTION_FACTORS[scale]):
         heads, kv_heads, head_size = setting.pop("shape")
         cases.append(AttentionCase(heads=heads, kv_heads=kv_heads, head_size=head_size, **setting))
-    return tuple(cases)
+    return tuple(cases) + (() if scale == "interpreted" else PREFILL)
 
 
 # A decode cycle.
@@ -677,29 +686,46 @@ def compare(problem: Problem, expected: Outcome, got: Outcome) -> Comparison:
 
 @dataclass
 class AttentionProblem:
-    """Query [B, H, T, D], keys and values [B, H_kv, S, D], lengths int64 [B] before the window."""
+    """Query [B, H, T, D], buffers of keys and values [B, H_kv, S, D], lengths int64 [B] before the window.
+
+    Args:
+        ancestors: int64 [B, T], the words of a token tree, or None.
+    """
 
     case: AttentionCase
     query: Tensor
-    key: Tensor
-    value: Tensor
+    keys: Tensor
+    values: Tensor
     lengths: Tensor
     scaling: float
-
-    def bias(self) -> Tensor:
-        """Additive visibility for the reference, [B, 1, G * T, S]."""
-        case = self.case
-        groups = case.heads // case.kv_heads
-        window = case.sliding_window or None
-        return window_bias(self.lengths, case.window, self.key.shape[2], groups, self.query.dtype, window)
+    ancestors: Tensor | None = None
 
     def kv_bytes(self) -> int:
-        """Bytes of keys and values that some query sees."""
+        """Bytes of keys and values that some query of a chain sees."""
         seen = self.lengths + self.case.window
         if self.case.sliding_window:
             seen = seen.clamp(max=self.case.sliding_window + self.case.window - 1)
-        row = self.case.kv_heads * (self.key.shape[-1] + self.value.shape[-1]) * self.key.element_size()
+        row = self.case.kv_heads * (self.keys.shape[-1] + self.values.shape[-1]) * self.keys.element_size()
         return int(seen.sum()) * row
+
+    def take(self, rows: Tensor) -> AttentionProblem:
+        """Some rows in some order, int64 [N]."""
+        return replace(
+            self,
+            query=self.query[rows],
+            keys=self.keys[rows],
+            values=self.values[rows],
+            lengths=self.lengths[rows],
+            ancestors=None if self.ancestors is None else self.ancestors[rows],
+        )
+
+
+def random_tree(window: int, rng: random.Random) -> list[int]:
+    """Ancestor words of a random tree of `window` nodes, the first its root."""
+    words = [1]
+    for node in range(1, window):
+        words.append(words[rng.randrange(node)] | 1 << node)
+    return [word - 2**64 if word >= 2**63 else word for word in words]
 
 
 def build_attention(
@@ -722,22 +748,38 @@ def build_attention(
         query = normal(case.batch, case.window, case.heads, case.head_size).transpose(1, 2)
     else:
         query = normal(case.batch, case.heads, case.window, case.head_size)
-    key, value = (normal(case.batch, case.kv_heads, num_keys, case.head_size) for _ in range(2))
+    keys, values = (normal(case.batch, case.kv_heads, num_keys, case.head_size) for _ in range(2))
     last = max(case.batch - 1, 1)
     lengths = [case.longest if full or case.batch == 1 else case.longest * row // last for row in range(case.batch)]
     for row, length in enumerate(lengths):
-        key[row, :, length + case.window :] = 1e3
-        value[row, :, length + case.window :] = -1e3
-    return AttentionProblem(case, query, key, value, torch.tensor(lengths, device=device), scaling=case.head_size**-0.5)
+        keys[row, :, length + case.window :] = torch.nan
+        values[row, :, length + case.window :] = torch.nan
+    ancestors = None
+    if case.tree:
+        rng = random.Random(_seed(case, salt))
+        words = [random_tree(case.window, rng) for _ in range(case.batch)]
+        ancestors = torch.tensor(words, dtype=torch.long, device=device)
+    scaling = case.head_size**-0.5
+    return AttentionProblem(case, query, keys, values, torch.tensor(lengths, device=device), scaling, ancestors)
 
 
 def run_attention(attention: Callable[..., Tensor], problem: AttentionProblem) -> Tensor:
-    """Window attention by the reference's signature: [B, T, H, D]."""
+    """`ragged_attention`, or its reference: [B, T, H, D]."""
     return attention(
         problem.query,
-        problem.key,
-        problem.value,
-        problem.bias(),
+        problem.keys,
+        problem.values,
+        problem.lengths,
         scaling=problem.scaling,
         softcap=problem.case.softcap or None,
+        sliding_window=problem.case.sliding_window or None,
+        ancestors=problem.ancestors,
     )
+
+
+def run_write(write: Callable[..., None], problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """`write_window`, or its reference: copies of the buffers with a window written, taken from the queries."""
+    keys, values = problem.keys.clone(), problem.values.clone()
+    states = problem.query[:, : problem.case.kv_heads]
+    write(states, states * 2, keys, values, problem.lengths)
+    return keys, values

@@ -20,7 +20,6 @@ from torch import Tensor
 from benchmarks.device_time import short_error
 from benchmarks.kernel_cases import (
     AttentionCase,
-    AttentionProblem,
     Case,
     Outcome,
     Problem,
@@ -29,9 +28,10 @@ from benchmarks.kernel_cases import (
     compare,
     run_attention,
     run_cycle,
+    run_write,
 )
-from specproxy_kernels import attention as attention_reference
 from specproxy_kernels import reference
+from specproxy_kernels.attention import ragged_attention_reference, write_window_reference
 
 __all__ = ["CaseReport", "check_all", "check_attention", "check_sampling", "replayed", "summarised"]
 
@@ -131,46 +131,41 @@ def _relative_error(out: Tensor, exact: Tensor) -> float:
     return float(gap) if bool(out.isfinite().all()) else float("inf")
 
 
-def _taken(problem: AttentionProblem, rows: Tensor) -> AttentionProblem:
-    return replace(
-        problem,
-        query=problem.query[rows],
-        key=problem.key[rows],
-        value=problem.value[rows],
-        lengths=problem.lengths[rows],
-    )
-
-
 def check_attention(
     case: AttentionCase, device: str, ops: str = KERNELS, checks: Sequence[str] = ("equal", "rows", "graph")
 ) -> CaseReport:
-    """Window attention of a case by every check.
+    """Window attention of a case, and the write of a window, by every check.
 
     Equal means: against the reference in float64, at most twice as wrong as the torch reference in the case's own
-    precision, and half an ulp of it more.
+    precision, and half an ulp of it more; what is written is the same bit for bit.
     """
     module = importlib.import_module(ops)
     report = CaseReport(str(case))
     try:
         problem = build_attention(case, device)
-        out = run_attention(module.window_attention, problem)
-        wide = replace(problem, **{name: getattr(problem, name).double() for name in ("query", "key", "value")})
-        exact = run_attention(attention_reference.window_attention, wide)
-        torch_error = _relative_error(run_attention(attention_reference.window_attention, problem), exact)
+        out = run_attention(module.ragged_attention, problem)
+        wide = replace(problem, **{name: getattr(problem, name).double() for name in ("query", "keys", "values")})
+        exact = run_attention(ragged_attention_reference, wide)
+        torch_error = _relative_error(run_attention(ragged_attention_reference, problem), exact)
         own_error = _relative_error(out, exact)
         report.error = own_error, torch_error
         report.decisions = out.numel()
         bound = 2 * torch_error + torch.finfo(out.dtype).eps / 2
         report.faults["equal"] = [] if own_error <= bound else [f"relative error {own_error:.3g} above {bound:.3g}"]
+        written, expected = (
+            dict(zip(("keys", "values"), run_write(write, problem), strict=True))
+            for write in (module.write_window, write_window_reference)
+        )
+        report.faults["equal"] += [f"written: {fault}" for fault in different_bits(written, expected)]
         if "rows" in checks and case.batch > 1:
             backwards = torch.arange(case.batch - 1, -1, -1, device=out.device)
             faults = []
             for name, rows in (("reversed", backwards), ("alone", backwards[:1])):
-                part = run_attention(module.window_attention, _taken(problem, rows))
-                faults += [f"{name}: {f}" for f in different_bits({"out": out[rows]}, {"out": part})]
+                part = run_attention(module.ragged_attention, problem.take(rows))
+                faults += [f"{name}: {fault}" for fault in different_bits({"out": out[rows]}, {"out": part})]
             report.faults["rows"] = faults
         if "graph" in checks and torch.device(device).type == "cuda":
-            again = replayed(lambda: run_attention(module.window_attention, problem))
+            again = replayed(lambda: run_attention(module.ragged_attention, problem))
             report.faults["graph"] = different_bits({"out": out}, {"out": again})
     except Exception as error:  # as above
         report.faults["ran"] = [short_error(error)]

@@ -56,6 +56,7 @@ from benchmarks.kernel_cases import (
 )
 from benchmarks.report import require_matplotlib
 from specproxy_kernels import reference
+from specproxy_kernels.attention import ragged_attention_reference
 
 __all__ = [
     "HEADS",
@@ -385,7 +386,7 @@ def _attention_row(setting: Setting, context: Context, row: dict[str, Any]) -> N
 
     def masked(problem: AttentionProblem, expand: bool) -> Tensor:
         mask = sdpa_mask(problem)
-        key, value = problem.key, problem.value
+        key, value = problem.keys, problem.values
         if expand:
             groups = heads // kv_heads
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -397,8 +398,8 @@ def _attention_row(setting: Setting, context: Context, row: dict[str, Any]) -> N
         row,
         context,
         inputs,
-        lambda item: run_attention(specproxy_kernels.window_attention, item),
-        lambda item: run_attention(specproxy_kernels.attention.window_attention, item),
+        lambda item: run_attention(specproxy_kernels.ragged_attention, item),
+        lambda item: run_attention(ragged_attention_reference, item),
         {"sdpa_grouped": lambda item: masked(item, False), "sdpa_expanded": lambda item: masked(item, True)},
     )
 
@@ -406,7 +407,7 @@ def _attention_row(setting: Setting, context: Context, row: dict[str, Any]) -> N
 def sdpa_mask(problem: AttentionProblem) -> Tensor:
     """Boolean [B, 1, T, S]: what Transformers hands to SDPA for such a window."""
     last = problem.lengths[:, None] + torch.arange(problem.case.window, device=problem.lengths.device)
-    return (torch.arange(problem.key.shape[2], device=last.device) <= last[..., None])[:, None]
+    return (torch.arange(problem.keys.shape[2], device=last.device) <= last[..., None])[:, None]
 
 
 # Bars.

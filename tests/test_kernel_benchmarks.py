@@ -71,7 +71,7 @@ def test_reference_passes_its_own_checks(case: Case) -> None:
 
 @pytest.mark.parametrize("case", attention_cases("interpreted")[::4], ids=str)
 def test_attention_reference_passes_its_own_check(case: AttentionCase) -> None:
-    report = check_attention(case, "cpu", "specproxy_kernels.attention", checks=("equal",))
+    report = check_attention(case, "cpu", checks=("equal",))
     assert report.faults == {"equal": []}
 
 

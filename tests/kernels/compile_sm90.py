@@ -51,6 +51,7 @@ from benchmarks.kernel_cases import (
     build_attention,
     run_attention,
     run_cycle,
+    run_write,
     sampling_cases,
 )
 
@@ -180,7 +181,9 @@ def run_package(full: bool) -> None:
     for case in sampling_cases("compiled") if full else QUICK:
         run_cycle(specproxy_kernels, build(case))
     for attention_case in attention_cases("compiled") if full else QUICK_ATTENTION:
-        run_attention(specproxy_kernels.window_attention, build_attention(attention_case))
+        problem = build_attention(attention_case)
+        run_attention(specproxy_kernels.ragged_attention, problem)
+        run_write(specproxy_kernels.write_window, problem)
 
 
 def run_toy(block: int) -> None:
