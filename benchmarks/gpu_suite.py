@@ -85,7 +85,7 @@ def warm(job: tuple[str, Any]) -> str | None:
         else:
             size, _, window = what.shape
             small = replace(what, shape=(size, 2, window))
-            kernels.measure_row(small, kernels.Context(device, 1e12, compile=False, repeats=2, kernels_alone=True))
+            kernels.measure_row(small, kernels.Context(device, 1e12, repeats=2, kernels_alone=True, max_sets=1))
         torch.cuda.synchronize()
     except Exception as error:  # reported with its job; the step that needs it will say more
         return f"{kind} {what}: {short_error(error)}"
@@ -203,7 +203,7 @@ def generation_profile(device: torch.device, rule: str) -> Findings:
     result: dict[str, Any] = {}
     faults = []
     with (
-        marked([specproxy.accept], ["accept_window", "emit_next_token"], "acceptance"),
+        marked([specproxy.accept], ["accept_window", "emit_next_token", "verify_window"], "acceptance"),
         marked([specproxy.draft.expert], ["sample_drafts"], "drafting"),
     ):
         events = profiled(generate)
@@ -307,6 +307,22 @@ def kernel_steps(device: torch.device, options: argparse.Namespace) -> list[Step
 PARTS: dict[str, Callable[[torch.device, argparse.Namespace], list[Step]]] = {"kernels": kernel_steps}
 
 
+def device_trouble() -> str | None:
+    """What the device says after a step: a kernel's illegal access leaves a process without it."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return f"the device is lost to this process: {' '.join(str(error).split())[:200]}"
+    return None
+
+
+def dated(record: dict[str, Any], path: Path) -> Path:
+    """Where a complete record is kept: DATE-DEVICE-PART.json, beside the one that is worked on."""
+    about = next(iter(record["steps"].values()))["about"]["machine"]
+    device = "-".join(word for word in about["device"].lower().split() if word not in ("nvidia", "hbm3"))
+    return path.with_name(f"{about['time'][:10]}-{device}-{path.stem}.json")
+
+
 def report(record: dict[str, Any], path: Path, console: Console) -> int:
     """Tables, bars and what failed; a chart beside the record where matplotlib is there.
 
@@ -314,7 +330,7 @@ def report(record: dict[str, Any], path: Path, console: Console) -> int:
         The exit code.
     """
     steps = record["steps"]
-    timings = [step for name, step in steps.items() if name.startswith("time ") and step["result"]]
+    timings = [step for name, step in steps.items() if name.startswith("time ") and step["result"].get("times")]
     if timings:
         about = timings[-1]["about"]
         rows = {
@@ -376,9 +392,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = PARTS[options.part](device, options)
     chosen = [step for step in steps if step.name.startswith(tuple(options.only))] if options.only else steps
     record = run_steps(
-        chosen, path, about, options.budget_seconds, lambda line: console.print(line, markup=False), options.again
+        chosen,
+        path,
+        about,
+        options.budget_seconds,
+        lambda line: console.print(line, markup=False),
+        options.again,
+        device_trouble,
     )
+    done = record["steps"]
+    record["missing"] = [step.name for step in steps if done.get(step.name, {}).get("status") not in FINISHED]
     store(path, record)
+    if not record["missing"]:
+        store(dated(record, path), record)
     return report(record, path, console)
 
 

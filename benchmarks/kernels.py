@@ -121,6 +121,7 @@ class Context:
         bandwidth: bytes a second of a copy on the device.
         compile: time `torch.compile` of the references too.
         kernels_alone: time nothing beside the kernels.
+        max_sets: of rotating inputs.
         repeats: measurements of a figure; by default as many as fit a fraction of a second.
     """
 
@@ -129,6 +130,11 @@ class Context:
     compile: bool = True
     repeats: int | None = None
     kernels_alone: bool = False
+    max_sets: int = 128
+
+    def num_sets(self, set_bytes: int) -> int:
+        """Sets of inputs of so many bytes to rotate through."""
+        return min(self.max_sets, num_input_sets(set_bytes, self.device))
 
 
 # The problems.
@@ -245,6 +251,7 @@ def _time_all(
     def both(way: str, calls: Calls) -> None:
         _timed(f"{way}_graph", lambda: time_graph(calls, device, repeats), row)
         _timed(way, lambda: time_calls(calls, device, repeats), row)
+        torch.cuda.empty_cache()  # what one way has taken is not lacking to the next
 
     if device.type != "cuda":
         _timed("torch_eager", lambda: time_calls([partial(by_torch, item) for item in inputs], device, repeats), row)
@@ -324,7 +331,7 @@ def _verify_row(setting: Setting, context: Context, row: dict[str, Any]) -> None
         ),
         context,
     )
-    row["sets"] = num_input_sets(3 * batch * window * vocab * size, context.device)
+    row["sets"] = context.num_sets(3 * batch * window * vocab * size)
     problems = [verify_problem(setting, context.device, salt) for salt in range(row["sets"])]
     inputs = [Drafted(p, *draw_all(reference, p, None, p.noise())) for p in problems]
     _time_all(
@@ -340,7 +347,7 @@ def _draft_row(setting: Setting, context: Context, row: dict[str, Any]) -> None:
     vocab, batch, _ = setting.shape
     size = _element_bytes(setting)
     _floor(row, draft_bytes(batch, vocab, size, penalty=setting.variant == "penalty"), context)
-    row["sets"] = num_input_sets(batch * vocab * size, context.device)
+    row["sets"] = context.num_sets(batch * vocab * size)
     narrow = replace(setting, shape=(vocab, batch, 2))
     problems = [verify_problem(narrow, context.device, salt) for salt in range(row["sets"])]
     for problem in problems:
@@ -378,7 +385,7 @@ def _attention_row(setting: Setting, context: Context, row: dict[str, Any]) -> N
     heads, kv_heads, head_size = HEADS[setting.heads]
     num_bytes = attention_bytes(batch, window, length, heads, kv_heads, head_size, _element_bytes(setting))
     _floor(row, num_bytes, context)
-    row["sets"] = num_input_sets(num_bytes, context.device)
+    row["sets"] = context.num_sets(num_bytes)
     case = AttentionCase(
         heads, kv_heads, head_size, batch, window, length, dtype=setting.dtype, buffer="tight", layout="transposed"
     )

@@ -58,6 +58,7 @@ def run_steps(
     budget_seconds: float,
     say: Callable[[str], None],
     again: Sequence[str] = (),
+    broken: Callable[[], str | None] = lambda: None,
 ) -> dict[str, Any]:
     """Run the steps that are not finished yet, in order, while time is left; the record is stored after each.
 
@@ -67,6 +68,8 @@ def run_steps(
         budget_seconds: no step begins that would end after so long.
         say: told of every step in one line.
         again: names, or their beginnings, of finished steps to run once more.
+        broken: asked after every step; a word on why nothing further can run in this process counts as the step's
+            error, and ends the call.
 
     Returns:
         The record: `steps` by name with `status`, `seconds`, `faults`, `result`, `about`; `missing`: steps not run yet.
@@ -90,6 +93,9 @@ def run_steps(
             status, faults = SKIPPED, [str(reason)]
         except Exception:  # the other steps shall still run; the record says what happened
             status, faults = ERROR, traceback.format_exc().splitlines()[-12:]
+        trouble = broken()
+        if trouble is not None:
+            status, faults = ERROR, [*faults, trouble]
         done[step.name] = {
             "status": status,
             "seconds": round(perf_counter() - start, 2),
@@ -99,10 +105,9 @@ def run_steps(
         }
         record["missing"] = _missing(steps, done)
         store(path, record)
-        say(
-            f"{step.name}: {status} in {done[step.name]['seconds']} s"
-            + "".join(f"\n    {fault}" for fault in faults[:20])
-        )
+        say("\n    ".join([f"{step.name}: {status} in {done[step.name]['seconds']} s", *faults[:20]]))
+        if trouble is not None:
+            break
     record["missing"] = _missing(steps, done)
     store(path, record)
     return record

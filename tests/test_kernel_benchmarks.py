@@ -293,6 +293,21 @@ def test_steps_resume(tmp_path: Path) -> None:
     assert not list(path.parent.glob("*.tmp"))
 
 
+def test_nothing_runs_on_a_lost_device(tmp_path: Path) -> None:
+    ran = []
+    steps = [Step(name, lambda name=name: (ran.append(name), ({}, []))[1]) for name in "abc"]  # type: ignore[misc]
+    path = tmp_path / "r.json"
+    record = run_steps(steps, path, {}, 1000, lambda line: None, broken=lambda: "lost" if "b" in ran else None)
+    assert ran == ["a", "b"] and record["missing"] == ["b", "c"]
+    assert record["steps"]["b"]["status"] == "error" and record["steps"]["b"]["faults"] == ["lost"]
+
+
+def test_complete_records_are_dated() -> None:
+    about = {"machine": {"time": "2026-11-24T03:00:00+00:00", "device": "NVIDIA H100 80GB HBM3"}}
+    record = {"steps": {"a": {"about": about}}}
+    assert gpu_suite.dated(record, Path("out/kernels.json")) == Path("out/2026-11-24-h100-80gb-kernels.json")
+
+
 # Traces.
 
 
