@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from time import perf_counter
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import gpu_suite, kernels
-from benchmarks.device_time import Timing, num_input_sets, summary, time_calls
+from benchmarks.device_time import Timing, num_input_sets, summary, time_calls, time_graph
 from benchmarks.floors import Bar, attention_bytes, draft_bytes, floor_us, judge, verify_bytes
 from benchmarks.kernel_cases import (
     ATTENTION_FACTORS,
@@ -25,13 +29,15 @@ from benchmarks.kernel_cases import (
     build_attention,
     compare,
     pairwise,
+    run_attention,
     run_cycle,
     sampling_cases,
 )
-from benchmarks.kernel_checks import check_all, check_attention, check_sampling, different_bits, summarised
+from benchmarks.kernel_checks import check_all, check_attention, check_sampling, different_bits, replayed, summarised
 from benchmarks.steps import Skipped, Step, load, run_steps
 from benchmarks.trace import device_work_within, marked
 from specproxy_kernels import NoiseStream, reference
+from specproxy_kernels.attention import ragged_attention_reference
 
 # Cases.
 
@@ -245,6 +251,108 @@ def test_summary_and_clock() -> None:
     assert num_input_sets(10, torch.device("cpu")) == 2
 
 
+class _Event:
+    """A device event by the wall clock."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return (end.at - self.at) * 1e3
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A device that answers like a GPU and works nowhere: what is captured runs at once, a replay does nothing."""
+    properties = SimpleNamespace(L2_cache_size=1000, total_memory=10_000, name="stand-in", multi_processor_count=1)
+    graph = SimpleNamespace(replay=lambda: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None, cuda_stream=0)
+    for name, value in {
+        "Event": _Event,
+        "Stream": lambda device=None: stream,
+        "current_stream": lambda device=None: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": lambda device=None: None,
+        "CUDAGraph": lambda: graph,
+        "graph": lambda graph: contextlib.nullcontext(),
+        "get_device_properties": lambda device: properties,
+        "empty_cache": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    return SimpleNamespace(type="cuda")
+
+
+def test_graph_and_rotation(stand_in: Any) -> None:
+    called: list[int] = []
+    calls = [lambda: called.append(0), lambda: called.append(1)]
+    timing = time_graph(calls, stand_in, repeats=4)
+    assert called == [0, 1, 0, 1] and timing.repeats == 4 and timing.median_us >= 0
+    called.clear()
+    assert time_calls(calls, stand_in, repeats=3).repeats == 3
+    assert called == [0, 1, 0, 1, 0, 0, 1, 0]  # two warm-ups each, one to see how long it takes, then in turn
+    # Twice the cache, unless that takes more than a third of the memory; never more than so many.
+    assert [num_input_sets(size, stand_in) for size in (1000, 300, 5000, 1)] == [2, 7, 1, 128]
+    assert replayed(lambda: 5) == 5
+
+
+def test_every_way_of_a_row_is_timed(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    verify_problem, build_problem = kernels.verify_problem, kernels.build_attention
+    monkeypatch.setattr(kernels, "verify_problem", lambda setting, device, salt: verify_problem(setting, cpu, salt))
+    monkeypatch.setattr(
+        kernels, "build_attention", lambda case, device, *rest, **more: build_problem(case, cpu, *rest, **more)
+    )
+    context = kernels.Context(stand_in, 3e12, repeats=2, max_sets=2)
+    ways = {"kernels", "kernels_graph", "torch_eager", "torch_eager_graph", "torch_compile", "torch_compile_graph"}
+    for setting in (
+        kernels.Setting("verify", (40, 2, 3)),
+        kernels.Setting("verify", (40, 2, 3), "greedy", "penalty"),
+        kernels.Setting("verify", (40, 2, 3), "block", "top_k_top_p", flat=True),
+    ):
+        measured = kernels.measure_row(setting, context)
+        assert measured["errors"] == {} and set(measured["times"]) == ways, setting
+        assert measured["over_floor"] > 0 and set(measured["faster_than"]) == {w for w in ways if "kernels" not in w}
+        assert measured["compiled"] == "whole" and json.dumps(measured)
+    alone = replace(context, kernels_alone=True)
+    assert set(kernels.measure_row(setting, alone)["times"]) == {"kernels", "kernels_graph"}
+    attention = kernels.measure_row(kernels.Setting("attention", (40, 2, 3), heads="llama-8b"), context)
+    assert attention["errors"] == {}
+    assert set(attention["times"]) == ways | {
+        "sdpa_grouped",
+        "sdpa_grouped_graph",
+        "sdpa_expanded",
+        "sdpa_expanded_graph",
+    }
+    row, faults = gpu_suite.timed(kernels.Setting("verify", (40, 1, 5)), context, compile=False)
+    assert "torch_compile" not in row["times"] and len(row["bars"]) == 2
+    assert all(fault in row["bars"] for fault in faults)
+
+
+def test_rivals_of_attention_give_the_same() -> None:
+    problem = build_attention(AttentionCase(6, 2, 16, 2, 3, 20, buffer="tight"), full=True)
+    own = run_attention(ragged_attention_reference, problem)
+    rival = scaled_dot_product_attention(
+        problem.query,
+        problem.keys,
+        problem.values,
+        attn_mask=kernels.sdpa_mask(problem),
+        scale=problem.scaling,
+        enable_gqa=True,
+    )
+    torch.testing.assert_close(rival.transpose(1, 2), own)
+
+
+def test_peaked_laws_are_peaked() -> None:
+    peaked = kernels.verify_problem(kernels.Setting("verify", (32_000, 1, 2)), torch.device("cpu"), 0).base
+    flat = kernels.verify_problem(kernels.Setting("verify", (32_000, 1, 2), flat=True), torch.device("cpu"), 0).base
+    head = [float(base[0, 0].float().softmax(-1).topk(64).values.sum()) for base in (peaked, flat)]
+    assert head[0] > 0.95 and head[1] < 0.2
+
+
 # Steps.
 
 
@@ -399,6 +507,41 @@ def test_refusals(
 def test_shapes_that_are_none(text: str) -> None:
     with pytest.raises(SystemExit):
         kernels.main(["--shapes", text])
+
+
+def test_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: None)
+    with pytest.raises(Skipped, match="not installed"):
+        gpu_suite.sanitizer("memcheck")
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "========= $2"\nexit $CODE\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: str(tool))
+    monkeypatch.setenv("CODE", "0")
+    assert gpu_suite.sanitizer("memcheck") == ({"exit_code": 0, "last": ["========= memcheck"]}, [])
+    monkeypatch.setenv("CODE", "9")
+    assert gpu_suite.sanitizer("racecheck")[1] == ["racecheck ended with 9", "========= racecheck"]
+    sampling, attention = gpu_suite.small_cases()
+    assert {case.rule for case in sampling} == {"rejection", "block", "coupled"} and 4 <= len(attention) <= 8
+
+
+def test_profile_of_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def event(cat: str, name: str, ts: float, correlation: int) -> dict[str, Any]:
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": 9, "tid": 1, "args": {"correlation": correlation}}
+
+    def recorded(run: Any) -> list[dict[str, Any]]:
+        run()
+        events = [event("user_annotation", "acceptance", 10, 0), event("user_annotation", "drafting", 20, 0)]
+        launches = [("score_kernel", 12), ("draft_kernel", 21), ("elementwise_kernel", 22)]
+        for number, (name, at) in enumerate(launches, start=1):
+            events += [event("cuda_driver", "cuLaunchKernelEx", at, number), event("kernel", name, 50, number)]
+        return events
+
+    monkeypatch.setattr(gpu_suite, "profiled", recorded)
+    monkeypatch.setattr(gpu_suite, "own_kernel_names", lambda: {"score_kernel", "draft_kernel"})
+    result, faults = gpu_suite.generation_profile(torch.device("cpu"), "rejection")
+    assert result["acceptance"]["work"] == {"score_kernel": 1} and result["drafting"]["launches_per_call"] == 2
+    assert len(faults) == 1 and "elementwise_kernel" in faults[0]
 
 
 def test_suite_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
