@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
+import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -481,6 +484,24 @@ def test_failures_stand_in_the_row() -> None:
     measured: dict[str, Any] = {"times": {}, "errors": {}}
     kernels._timed("torch_compile", fails, measured)
     assert measured == {"times": {"torch_compile": None}, "errors": {"torch_compile": "RuntimeError: cannot compile"}}
+
+
+def test_noise_by_itself_is_the_noise_that_is_drawn() -> None:
+    """In a process of its own, since Triton chooses its interpreter when it is imported."""
+    pytest.importorskip("triton")
+    code = """
+        import torch
+        from benchmarks.noise_floor import largest_noise
+        from specproxy_kernels import NoiseStream, row_keys
+
+        key, start = row_keys([3, 3], [0, 1]), torch.tensor([0, 9])
+        alone = largest_noise(key, start, 2, 4100)
+        drawn = NoiseStream(key, start).tokens(2, 4100)
+        assert alone.shape == (2, 2, 2)
+        torch.testing.assert_close(alone.amax(-1), drawn.amax(-1))
+    """
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment)
 
 
 def test_noise_bounds_the_coupled_rule() -> None:
