@@ -8,7 +8,16 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = runpy.run_path(str(ROOT / "specproxy" / "version.py"))["__version__"]
 
-TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "hypothesis>=6.100", "scipy>=1.13"]
+# A CUDA build of torch brings the Triton that belongs to it; a build for the CPU brings none.
+TRITON = "triton>=3.6; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "scipy>=1.13",
+    TRITON,  # interprets the kernels, and compiles them, on machines without a GPU
+]
 
 setup(
     name="specproxy",
@@ -39,7 +48,7 @@ setup(
         "rich>=13",
     ],
     extras_require={
-        "kernels": ["triton>=3.6; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"],
+        "kernels": [TRITON],
         "bench": ["matplotlib>=3.8"],  # charts of the benchmarks
         "test": TEST,
         "dev": [*TEST, "ruff>=0.15", "mypy>=1.18"],
