@@ -1,7 +1,7 @@
 """The sampling kernels, interpreted on the CPU, against the torch reference under equal noise.
 
-Cases cover every pair of settings (`benchmarks.kernel_cases`); a GPU runs larger ones of the same list, compiled. Faults
-planted in the kernels must be noticed by these comparisons.
+Cases cover every pair of settings (`benchmarks.kernel_cases`); a GPU runs larger ones of the same list, compiled.
+Faults planted in the kernels must be noticed by these comparisons.
 """
 
 from __future__ import annotations
@@ -167,33 +167,105 @@ def test_tensors_that_the_kernels_cannot_read(argument: str, message: str) -> No
 
 
 # Faults planted in the kernels, each with a case that must notice it.
-NOISE, LAWS, ROWS, FILTERS, VERIFY, DRAFT = (
-    f"specproxy_kernels.fused.{name}" for name in ("noise", "laws", "rows", "filters", "verify", "draft")
-)
-PLAIN = Case(vocab_size=40, batch=12, window=4)
-BLOCKS = replace(PLAIN, rule="block")
+# Few ids, so that drafts are often accepted and every position decides something.
+PLAIN = Case(vocab_size=5, batch=20, window=4)
+BLOCKS = replace(PLAIN, rule="block", batch=60)
+PENALISED = replace(PLAIN, penalty="both")
+
+
+def fault(name: str, module: str, old: str, new: str) -> Mutant:
+    return Mutant(name, f"specproxy_kernels.fused.{module}", old, new)
+
+
+INDEX = "index = (tl.load(keys.start + row) + offset).to(tl.uint32)\n    nonce = zero\n"
+NONCE = "nonce = zero + (tl.load(keys.block_start + row) + 1).to(tl.uint32)\n"
+AT_ACCEPTED = "position = tl.load(outcome.num_accepted + row).to(tl.int32)"
 MUTANTS = [
-    (Mutant("residual shares the drafts' noise", VERIFY, "position, _RESIDUAL, first", "position, _TOKEN, first"), PLAIN),
-    (Mutant("coin shares the drafts' noise", VERIFY, "_COIN = tl.constexpr(PURPOSE_COIN)", "_COIN = _TOKEN"), PLAIN),
+    (fault("residual shares the drafts' noise", "verify", "_RESIDUAL, first", "_TOKEN, first"), PLAIN),
+    (fault("coin shares the drafts' noise", "verify", "tl.constexpr(PURPOSE_COIN)", "_TOKEN"), PLAIN),
     (
-        Mutant("position-only nonce under block", NOISE, "(tl.load(keys.block_start + row) + 1).to(tl.uint32)\n    return", "0\n    return"),
+        fault("position-only nonce under block", "noise", NONCE, NONCE.replace("row) + 1)", "row) * 0)")),
         BLOCKS,
     ),
-    (Mutant("q from unfiltered logits", VERIFY, "_log_prob(z, tau, lse, FILTERS).to(COMPUTE)", "(z - lse).to(COMPUTE)"), replace(PLAIN, filters="top_k", batch=24)),
-    (Mutant("q without penalties", VERIFY, "ids, inside, 0, FEATURES, DRAFT_COMPUTE", "ids, inside, 0, 16, DRAFT_COMPUTE"), replace(PLAIN, penalty="both")),
-    (Mutant("early stop in block", VERIFY, "tl.max(tl.where(kept, i + 1, 0), 0)", "tl.min(tl.where(kept, usable, i), 0)"), replace(BLOCKS, batch=24)),
-    (Mutant("noise reused past the budget", NOISE, "(tl.load(keys.start + row) + offset).to(tl.uint32)\n    nonce = zero\n    if BLOCKS:\n        nonce = zero + (tl.load(keys.block_start + row) + 1).to(tl.uint32)\n    return tl.philox(tl.load(keys.key + row), counter", "tl.minimum(tl.load(keys.start + row) + offset, 2).to(tl.uint32)\n    nonce = zero\n    if BLOCKS:\n        nonce = zero + (tl.load(keys.block_start + row) + 1).to(tl.uint32)\n    return tl.philox(tl.load(keys.key + row), counter"), PLAIN),
-    (Mutant("next token from the row before", VERIFY, "position = tl.load(outcome.num_accepted + row).to(tl.int32)", "position = tl.maximum(tl.load(outcome.num_accepted + row).to(tl.int32) - 1, 0)"), PLAIN),
-    (Mutant("anti-expert one position late", LAWS, "_load(pair.anti_expert, row, position,", "_load(pair.anti_expert, row, tl.maximum(position - 1, 0),"), PLAIN),
-    (Mutant("residual without its weight", VERIFY, "kept - lse + log_weight", "kept - lse"), replace(BLOCKS, batch=24)),
-    (Mutant("bonus drawn from the residual", VERIFY, "tl.where(refused & has_residual, residual_token, token)", "residual_token"), PLAIN),
-    (Mutant("ids past the vocabulary left open", LAWS, "mask=inside, other=-INFINITY).to(COMPUTE)", "mask=ids >= 0, other=-INFINITY).to(COMPUTE)"), replace(PLAIN, layout="wider")),
-    (Mutant("temperature forgotten", LAWS, "if SAMPLING & FEATURES:", "if SAMPLING & FEATURES & 1:"), PLAIN),
-    (Mutant("prefix one draft too long", LAWS, "(position > j)", "(position >= j)"), replace(PLAIN, penalty="both")),
-    (Mutant("k-th logit left out", FILTERS, "counts >= least_count", "counts > least_count"), replace(PLAIN, filters="top_k")),
-    (Mutant("a split left out", ROWS, "inside = split < splits\n    at = line * splits + split\n    largest", "inside = split < 1\n    at = line * splits + split\n    largest"), replace(PLAIN, vocab_size=4400, batch=2)),
-    (Mutant("a NaN accepted", VERIFY, " & (log_ratio == log_ratio)", ""), replace(PLAIN, content="broken")),
-]  # fmt: skip
+    (
+        fault(
+            "q without penalties",
+            "verify",
+            "scaled_logits(drafted.law, row, position, ids, inside, 0, FEATURES,",
+            "scaled_logits(drafted.law, row, position, ids, inside, 0, SAMPLING,",
+        ),
+        PENALISED,
+    ),
+    (
+        fault(
+            "early stop in block",
+            "verify",
+            "tl.max(tl.where(kept, i + 1, 0), 0)",
+            "tl.min(tl.where(kept, usable, i), 0)",
+        ),
+        BLOCKS,
+    ),
+    (
+        fault(
+            "noise reused past the budget",
+            "noise",
+            INDEX,
+            INDEX.replace("(tl.load(keys.start + row) + offset)", "tl.minimum(tl.load(keys.start + row) + offset, 2)"),
+        ),
+        PLAIN,
+    ),
+    (
+        fault(
+            "next token from the row before",
+            "verify",
+            AT_ACCEPTED,
+            f"{AT_ACCEPTED}\n        position = tl.maximum(position - 1, 0)",
+        ),
+        PLAIN,
+    ),
+    (
+        fault(
+            "anti-expert one position late",
+            "laws",
+            "_load(pair.anti_expert, row, position,",
+            "_load(pair.anti_expert, row, tl.maximum(position - 1, 0),",
+        ),
+        PLAIN,
+    ),
+    (
+        fault(
+            "bonus drawn from the residual",
+            "verify",
+            "tl.where(refused & has_residual, residual_token, token)",
+            "residual_token",
+        ),
+        PLAIN,
+    ),
+    (
+        fault(
+            "ids past the vocabulary left open",
+            "laws",
+            "mask=inside, other=-INFINITY).to(COMPUTE)",
+            "mask=ids < 12, other=-INFINITY).to(COMPUTE)",
+        ),
+        replace(PLAIN, layout="wider"),
+    ),
+    (fault("temperature forgotten", "laws", "if SAMPLING & FEATURES:", "if SAMPLING & FEATURES & 1:"), PLAIN),
+    (fault("prefix one draft too long", "laws", "(position > j)", "(position >= j)"), PENALISED),
+    (
+        fault("k-th logit left out", "filters", "counts >= least_count", "counts > least_count"),
+        replace(PLAIN, filters="top_k", vocab_size=100, batch=10),
+    ),
+    (
+        fault(
+            "a split left out",
+            "rows",
+            "inside = split < splits\n    at = line * splits + split\n    largest",
+            "inside = split < 1\n    at = line * splits + split\n    largest",
+        ),
+        replace(PLAIN, vocab_size=4400, batch=2),
+    ),
+]
 
 
 @pytest.mark.parametrize(("mutant", "case"), MUTANTS, ids=[mutant.name for mutant, _ in MUTANTS])
@@ -204,8 +276,59 @@ def test_planted_faults_are_noticed(mutant: Mutant, case: Case) -> None:
     assert found, f"{mutant} went unnoticed"
 
 
+# Faults that random laws seldom show, with laws made for them: rule, warp, target and draft laws by position, drafts.
+RARE = [
+    (
+        # min-p keeps one id of q and all of p: the residual must not miss what q never proposes.
+        fault("q from unfiltered logits", "verify", "_log_prob(z, tau, lse, FILTERS).to(COMPUTE)", "(z - lse)"),
+        ("rejection", {"min_p": 0.5}, [[0.3, 0.25, 0.45]] * 2, [[0.6, 0.2, 0.2]], [0]),
+    ),
+    (
+        # A block is cut after its first draft with P_1 = 0.7, which leaves the residual one id.
+        fault("residual without its weight", "verify", "kept - lse + log_weight", "kept - lse"),
+        (
+            "block",
+            {},
+            [[0.35, 0.4, 0.25], [0.1, 0.5, 0.4], [0.3, 0.3, 0.4]],
+            [[0.5, 0.3, 0.2], [0.5, 0.2, 0.3]],
+            [0, 0],
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("mutant", "law"), RARE, ids=[mutant.name for mutant, _ in RARE])
+def test_rare_faults_are_noticed(mutant: Mutant, law: Any) -> None:
+    rule, warp, target, drafted, tokens = law
+    batch = 60
+    base = torch.tensor([target]).log().repeat(batch, 1, 1)
+    draft_logits = torch.tensor([drafted]).log().repeat(batch, 1, 1)
+    drafts = torch.tensor([tokens]).repeat(batch, 1)
+    parameters = WarpParameters(
+        torch.ones(batch), any_greedy=False, **{name: torch.full((batch,), value) for name, value in warp.items()}
+    )
+    start = torch.zeros(batch, dtype=torch.long)
+    noise = NoiseStream(row_keys(range(batch), [0] * batch), start, start if rule == "block" else None)
+    laws = []
+    for i in range(len(tokens)):
+        logits = draft_logits[:, i : i + 1]
+        laws.append(reference.sample_drafts(logits, parameters, drafts[:, :i], noise, 3)[1])
+    tau = None if laws[0].tau is None else torch.cat([law.tau for law in laws], 1)
+    draft_law = DraftLaw(draft_logits, tau, torch.cat([law.lse for law in laws], 1))
+    count = torch.full((batch,), len(tokens))
+
+    def verdict(ops: Any) -> list[list[int]]:
+        outcome = ops.verify_window(rule, base, [], drafts, count, draft_law, parameters, noise, 3)
+        return [part.tolist() for part in outcome]
+
+    expected = verdict(reference)
+    assert verdict(fused_operations()) == expected
+    with mutated(mutant):
+        assert verdict(fused_operations()) != expected, f"{mutant} went unnoticed"
+
+
 # Keys whose first coin is 0, at index 0 and without or with a block's nonce: one in 2^31.
-ZERO_COIN = {"rejection": 0, "block": 0}
+ZERO_COIN = {"rejection": 5679500483, "block": 1546881296}
 
 
 @pytest.mark.parametrize("rule", ZERO_COIN)
@@ -219,7 +342,7 @@ def test_a_coin_of_zero_accepts_nothing_impossible(rule: str, strict: bool) -> N
     noise = NoiseStream(torch.tensor([ZERO_COIN[rule]]), start, start if rule == "block" else None)
     assert float(noise.coins(1)) == 0
     old, new = ("coin < tl.exp", "coin <= tl.exp") if rule == "rejection" else ("BLOCKS) < keep", "BLOCKS) <= keep")
-    with mutated(None if strict else Mutant("<= for <", VERIFY, old, new)):
+    with mutated(None if strict else fault("<= for <", "verify", old, new)):
         kept, _, _ = fused_operations().verify_window(
             rule, base, [], torch.tensor([[0]]), torch.tensor([1]), law, parameters, noise, 3
         )

@@ -24,7 +24,7 @@ class NoiseKeys(NamedTuple):
 
 @triton.jit
 def _words(keys, row, offset, purpose, counter, BLOCKS: tl.constexpr):
-    """Philox words of `counter` at window position `offset` of a row: four uint32 tensors of the shape of `counter`."""
+    """Philox words of uint32 `counter` at window position `offset` (a scalar or of its shape): four uint32 tensors."""
     zero = tl.zeros_like(counter)
     index = (tl.load(keys.start + row) + offset).to(tl.uint32)
     nonce = zero
@@ -87,10 +87,5 @@ def gumbel_of(word):
 def coins(keys, row, COUNT: tl.constexpr, PURPOSE: tl.constexpr, BLOCKS: tl.constexpr):
     """Acceptance coins float32 [COUNT] at window positions 0 .. COUNT - 1."""
     offset = tl.arange(0, COUNT)
-    zero = tl.zeros_like(offset).to(tl.uint32)
-    index = (tl.load(keys.start + row) + offset).to(tl.uint32)
-    nonce = zero
-    if BLOCKS:
-        nonce = zero + (tl.load(keys.block_start + row) + 1).to(tl.uint32)
-    w0, _, _, _ = tl.philox(tl.load(keys.key + row), zero, index, zero + PURPOSE, nonce)
-    return _uniform(w0)
+    word, _, _, _ = _words(keys, row, offset, PURPOSE, tl.zeros_like(offset).to(tl.uint32), BLOCKS)
+    return _uniform(word)
