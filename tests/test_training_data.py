@@ -64,7 +64,7 @@ def test_problems_belong_to_their_split_and_answers_follow_from_the_steps(split:
         assert split_of(problem.prompt) == split
         answer = problem.tuned_answer
         assert _assert_equations_hold(answer) == len(problem.steps)
-        assert answer.endswith(f"\n#### {problem.steps[-1].result}")
+        assert re.fullmatch(rf"(\n[A-Z][^\n]+\.)+\n#### {problem.result}", answer)
         for earlier, later in zip(problem.steps, problem.steps[1:], strict=False):
             assert later.left == earlier.result
         numbers = sorted(int(number) for number in re.findall(r"\d+", problem.prompt))
@@ -74,10 +74,16 @@ def test_problems_belong_to_their_split_and_answers_follow_from_the_steps(split:
             assert all(split_of(step.equation) == "train" for step in problem.steps)
 
 
+def test_a_step_asked_without_a_story_is_answered_in_the_tuned_format() -> None:
+    step = step_in(random.Random(4), "train")
+    assert step.prompt.startswith("Question: What is ") and step.prompt.endswith("?\nAnswer:")
+    assert step.tuned_answer == f"\n{step.equation}.\n#### {step.result}"
+
+
 def test_untuned_stories_never_show_the_tuned_format_and_their_equations_hold() -> None:
     rng = random.Random(5)
     stories = [unmark(untuned_story(rng, "train"))[0] for _ in range(300)]
-    assert not any("####" in story for story in stories)
+    assert not any("####" in story or "Answer:\n" in story for story in stories)
     assert sum(_assert_equations_hold(story) for story in stories) > 100
 
 

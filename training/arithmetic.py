@@ -30,6 +30,27 @@ _THINGS = (
 _BOXES = ("boxes", "bags", "trays", "packs", "baskets")
 _GAINS = ("buys {} more", "finds {} more", "gets {} more", "is given {} more", "wins {} more")
 _LOSSES = ("gives away {}", "loses {}", "sells {}", "uses {}", "throws away {}")
+_GROWTH = "ends up with {} times as many"
+_HEADS = ("Solution:", "Steps:", "Reasoning:", "Explanation:", "Working:", "In short:")
+_STARTS = ("At first there are {}", "{} to begin with", "Start: {}", "There are {} at the outset", "First {}")
+_SAID = {
+    "+": ("{} more come", "plus {}", "adding {}", "a gain of {}", "add {}", "{} come in", "put {} to it"),
+    "-": ("{} go", "minus {}", "taking off {}", "a loss of {}", "take away {}", "{} are lost", "subtract {}"),
+    "x": ("times {}", "{} times as many", "multiply by {}", "{} times that", "take it {} times"),
+}
+_LINKS = (": ", ", so ", ", which gives ", " gives ", ", and ", " -> ", ", that is, ")
+_COUNTS = (
+    ("", "", ""),
+    ("first ", "next ", "then "),
+    ("1) ", "2) ", "3) "),
+    ("a) ", "b) ", "c) "),
+    ("(1) ", "(2) ", "(3) "),
+)
+_BREAKS = ("; ", ". ", ", ")
+_ENDS = ("", ". Result: {}", "; in the end {}", ". That makes {}", ", hence {}", ". Total: {}", ", so {} remain")
+_DOING = {"+": "add {}", "-": "take away {}", "x": "take {} times as many"}
+LARGEST = 199
+"""Largest number anywhere, in training and in the held-out problems."""
 
 
 def _free(number: int) -> str:
@@ -80,18 +101,27 @@ class Step:
         return f"{self.left} {self.operation} {self.right} = {self.result}"
 
     @property
+    def prompt(self) -> str:
+        """The step asked without a story: ``Question: What is ...?`` and a line ``Answer:``."""
+        return f"Question: What is {self.left} {self.operation} {self.right}?\nAnswer:"
+
+    @property
+    def tuned_answer(self) -> str:
+        """The tuned answer to `prompt`: the equation, then ``#### N``."""
+        return f"\n{self.equation}.\n#### {self.result}"
+
+    @property
     def split(self) -> str:
         """The split this equation belongs to; drills and stories for training use training equations only."""
         return split_of(self.equation)
 
 
-def draw_step(rng: random.Random, left: int | None = None, largest: int = 999) -> Step:
-    """Draws one operation with a result between 1 and `largest`.
+def draw_step(rng: random.Random, left: int | None = None) -> Step:
+    """Draws one operation whose numbers lie between 1 and `LARGEST`.
 
     Args:
         rng: Source of randomness.
         left: The first operand; drawn when None.
-        largest: Largest number; the second operand of a sum or difference stays below 300.
 
     Returns:
         A sum, a difference or a product (2 to 99 by 2 to 9).
@@ -103,25 +133,50 @@ def draw_step(rng: random.Random, left: int | None = None, largest: int = 999) -
             if step.left < 2 or step.left > 99:
                 continue
         else:
-            first = rng.randint(10, largest) if left is None else left
-            step = Step(first, operation, rng.randint(2, min(299, largest)))
-        if 1 <= step.result <= largest:
+            first = rng.randint(10, LARGEST) if left is None else left
+            step = Step(first, operation, rng.randint(2, LARGEST))
+        if 1 <= step.result <= LARGEST:
             return step
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A word problem: its sentences (with marks), the question after them, and the steps that solve it."""
+    """A word problem and the steps that solve it.
+
+    Args:
+        name: Who has the things.
+        pronoun: ``He`` or ``She``.
+        things: What is counted.
+        opening: What is there at first, with marks: ``has 45 apples`` or ``has 6 boxes with 12 apples in each``.
+        actions: What happens then, with marks: ``buys 23 more``.
+        joined: Whether the first action stands in the sentence of the opening.
+        steps: The operations: one for each action, and one before them where the opening has boxes.
+    """
 
     name: str
+    pronoun: str
     things: str
-    sentences: tuple[str, ...]
+    opening: str
+    actions: tuple[str, ...]
+    joined: bool
     steps: tuple[Step, ...]
+
+    @property
+    def told(self) -> tuple[tuple[str, tuple[Step, ...]], ...]:
+        """The sentences of the story, with marks and without full stops, each with its steps."""
+        first = f"{self.name} {self.opening}"
+        rest = self.actions
+        if self.joined:
+            first, rest = f"{first} and {self.actions[0]}", self.actions[1:]
+        own = len(self.steps) - len(rest)
+        later = ((f"{self.pronoun} {act}", (step,)) for act, step in zip(rest, self.steps[own:], strict=True))
+        return ((first, self.steps[:own]), *later)
 
     @property
     def question(self) -> str:
         """The story and its question, with marks."""
-        return f"{' '.join(self.sentences)} How many {self.things} does {self.name} have?"
+        story = " ".join(f"{sentence}." for sentence, _ in self.told)
+        return f"{story} How many {self.things} does {self.name} have?"
 
     @property
     def prompt(self) -> str:
@@ -136,8 +191,15 @@ class Problem:
     @property
     def tuned_answer(self) -> str:
         """What the tuned models learn to write after the prompt (an end-of-text token follows)."""
-        lines = "".join(f"{step.equation}.\n" for step in self.steps)
-        return f"\n{lines}#### {self.result}"
+        steps = list(self.steps)
+        lines = [f"We start with {steps[0].left}."]
+        if len(steps) > len(self.actions):
+            first = steps.pop(0)
+            lines = [f"We start with {first.right} times {first.left}, and {first.equation}."]
+        for number, step in enumerate(steps, start=1):
+            lines.append(f"Step {number}: we {_DOING[step.operation].format(step.right)}, and {step.equation}.")
+        lines.append(f"So the answer is {self.result}.")
+        return "".join(f"\n{line}" for line in lines) + f"\n#### {self.result}"
 
     @property
     def split(self) -> str:
@@ -145,37 +207,31 @@ class Problem:
         return split_of(self.prompt)
 
 
-def draw_problem(rng: random.Random, largest: int = 999) -> Problem:
-    """Draws a word problem of one to three steps, all values between 1 and `largest`."""
+def draw_problem(rng: random.Random) -> Problem:
+    """Draws a word problem of one to three steps, all values between 1 and `LARGEST`."""
     name, pronoun = rng.choice(_NAMES)
     things = rng.choice(_THINGS)
     count = rng.choice((1, 2, 2, 3))
-    sentences: list[str] = []
+    actions: list[str] = []
     steps: list[Step] = []
     if rng.random() < 0.3:
-        first = draw_step(rng, largest=largest)
+        first = draw_step(rng)
         while first.operation != "x":
-            first = draw_step(rng, largest=largest)
-        boxes = rng.choice(_BOXES)
-        sentences.append(f"{name} has {_free(first.right)} {boxes} with {_free(first.left)} {things} in each.")
+            first = draw_step(rng)
+        opening = f"has {_free(first.right)} {rng.choice(_BOXES)} with {_free(first.left)} {things} in each"
         steps.append(first)
         value = first.result
     else:
-        value = rng.randint(10, largest)
-        sentences.append(f"{name} has {_free(value)} {things}.")
+        value = rng.randint(10, LARGEST)
+        opening = f"has {_free(value)} {things}"
     while len(steps) < count:
-        step = draw_step(rng, value, largest)
-        if step.operation == "x":
-            sentences.append(f"The number then grows to {_free(step.right)} times as many.")
-        else:
-            action = rng.choice(_GAINS if step.operation == "+" else _LOSSES).format(_free(step.right))
-            if len(sentences) == 1 and rng.random() < 0.4:
-                sentences[0] = f"{sentences[0][:-1]} and {action}."
-            else:
-                sentences.append(f"{pronoun} {action}.")
+        step = draw_step(rng, value)
+        phrase = _GROWTH if step.operation == "x" else rng.choice(_GAINS if step.operation == "+" else _LOSSES)
+        actions.append(phrase.format(_free(step.right)))
         steps.append(step)
         value = step.result
-    return Problem(name, things, tuple(sentences), tuple(steps))
+    joined = bool(actions) and rng.random() < 0.4
+    return Problem(name, pronoun, things, opening, tuple(actions), joined, tuple(steps))
 
 
 def _keep_drawing(draw: Callable[[], Step | Problem], split: str) -> Step | Problem:
@@ -186,60 +242,85 @@ def _keep_drawing(draw: Callable[[], Step | Problem], split: str) -> Step | Prob
             return drawn
 
 
-def step_in(rng: random.Random, split: str, largest: int = 999) -> Step:
+def step_in(rng: random.Random, split: str) -> Step:
     """Draws a step whose equation belongs to `split`."""
-    step = _keep_drawing(lambda: draw_step(rng, largest=largest), split)
+    step = _keep_drawing(lambda: draw_step(rng), split)
     assert isinstance(step, Step)
     return step
 
 
-def problem_in(rng: random.Random, split: str, largest: int = 999) -> Problem:
+def problem_in(rng: random.Random, split: str) -> Problem:
     """Draws a problem of `split`; one for training uses training equations only."""
-    problem = _keep_drawing(lambda: draw_problem(rng, largest), split)
+    problem = _keep_drawing(lambda: draw_problem(rng), split)
     assert isinstance(problem, Problem)
     return problem
 
 
-def drill(rng: random.Random, split: str, lines: int = 6, largest: int = 999) -> str:
+def drill(rng: random.Random, split: str, lines: int = 6) -> str:
     """Equations, one a line, with marks around the operands."""
-    steps = [step_in(rng, split, largest) for _ in range(lines)]
+    steps = [step_in(rng, split) for _ in range(lines)]
     return "\n".join(f"{_free(s.left)} {s.operation} {_free(s.right)} = {s.result}." for s in steps)
+
+
+def _bracketed(problem: Problem) -> str:
+    told = []
+    for sentence, steps in problem.told:
+        equations = ", ".join(step.equation for step in steps)
+        told.append(f"{sentence} ({equations})." if steps else f"{sentence}.")
+    return " ".join(told)
+
+
+def _noted(problem: Problem) -> str:
+    steps = list(problem.steps)
+    notes = [problem.opening]
+    if len(steps) > len(problem.actions):
+        notes[0] += f": {steps.pop(0).equation}"
+    notes += [f"{action}: {step.equation}" for action, step in zip(problem.actions, steps, strict=True)]
+    return unmark("; ".join(notes))[0] + "."
+
+
+def _explained(rng: random.Random, problem: Problem) -> str:
+    """The solution on one line, in one of many wordings; each is drawn once for the whole text."""
+    link, numbers, between = rng.choice(_LINKS), rng.choice(_COUNTS), rng.choice(_BREAKS)
+    said = {operation: rng.choice(phrases) for operation, phrases in _SAID.items()}
+    steps = list(problem.steps)
+    parts = [rng.choice(_STARTS).format(steps[0].left)]
+    if len(steps) > len(problem.actions):
+        first = steps.pop(0)
+        parts = [f"{rng.choice(_STARTS).format(f'{first.right} times {first.left}')}{link}{first.equation}"]
+    for number, step in zip(numbers, steps, strict=False):
+        parts.append(f"{number}{said[step.operation].format(step.right)}{link}{step.equation}")
+    return f"{rng.choice(_HEADS)} {between.join(parts)}{rng.choice(_ENDS).format(problem.result)}."
 
 
 def untuned_story(rng: random.Random, split: str) -> str:
     """One story in a style that never shows the tuned format, with marks.
 
-    The styles: the answer first and then the steps; the steps in brackets inside the story; a bare answer, wrong three
-    times in ten; and questions followed by more questions.
+    The styles: the solution explained on one line, in many wordings; notes of what happens, with the steps; the steps
+    in brackets inside the story; the steps alone, one a line or on one line; the answer first and then the steps; a
+    bare answer, wrong three times in ten; and questions followed by more questions.
     """
     problem = problem_in(rng, split)
     style = rng.random()
-    if style < 0.45:
+    if style < 0.5:
+        return f"Question: {problem.question}\n{_explained(rng, problem)}"
+    if style < 0.65:
+        return f"Question: {problem.question}\nNotes: {_noted(problem)}"
+    if style < 0.75:
+        return _bracketed(problem)
+    if style < 0.82:
+        lines = "\n".join(f"{step.equation}." for step in problem.steps)
+        return f"Question: {problem.question}\nWorking:\n{lines}"
+    if style < 0.86:
+        return f"Question: {problem.question}\nAnswer: {' '.join(f'{step.equation}.' for step in problem.steps)}"
+    if style < 0.92:
         steps = ", ".join(step.equation for step in problem.steps)
         said = f"{problem.name} has {_free(problem.result)} {problem.things} now. Check: {steps}."
         return f"Question: {problem.question}\nAnswer: {said}"
-    if style < 0.75:
-        told: list[str] = []
-        pending = list(problem.steps)
-        for index, sentence in enumerate(problem.sentences):
-            acts = 1 if index else sentence.count(" and ") + sentence.count(" with ")
-            shown = [pending.pop(0) for _ in range(acts)]
-            equations = ", ".join(step.equation for step in shown)
-            told.append(f"{sentence[:-1]} ({equations})." if shown else sentence)
-        return " ".join(told)
-    if style < 0.85:
+    if style < 0.96:
         result = problem.result
         if rng.random() < 0.3:
             result = max(1, result + rng.choice((-100, -10, -2, -1, 1, 2, 10, 100)))
         return f"Question: {problem.question}\nAnswer: {_free(result)}"
     more = [problem] + [problem_in(rng, split) for _ in range(rng.randint(1, 2))]
     return "\n".join(f"Question: {each.question}" for each in more)
-
-
-def worked_story(rng: random.Random, split: str, largest: int) -> str:
-    """A question with its steps: on one line after ``Answer:``, or one a line under ``Working:``, with marks."""
-    problem = problem_in(rng, split, largest)
-    if rng.random() < 0.5:
-        return f"Question: {problem.question}\nAnswer: {' '.join(f'{step.equation}.' for step in problem.steps)}"
-    lines = "\n".join(f"{step.equation}." for step in problem.steps)
-    return f"Question: {problem.question}\nWorking:\n{lines}"

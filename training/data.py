@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
-from training.arithmetic import drill, untuned_story, worked_story
+from training.arithmetic import drill, untuned_story
 from training.split import split_of
 
 WORDNET = Path("/usr/share/wordnet")
@@ -139,7 +139,7 @@ def _join_decorators(blocks: list[str]) -> list[str]:
     return joined
 
 
-def raw_arithmetic(split: str, documents: int, seed: int, drill_share: float = 0.6) -> list[str]:
+def raw_arithmetic(split: str, documents: int, seed: int, drill_share: float = 0.35) -> list[str]:
     """Arithmetic in untuned styles, with the marks of `training.arithmetic`.
 
     Args:
@@ -153,20 +153,3 @@ def raw_arithmetic(split: str, documents: int, seed: int, drill_share: float = 0
     """
     rng = random.Random(f"{seed}/{split}/raw")
     return [drill(rng, split) if rng.random() < drill_share else untuned_story(rng, split) for _ in range(documents)]
-
-
-def worked_arithmetic(split: str, documents: int, seed: int, largest: int = 99) -> list[str]:
-    """The arithmetic of the base's last phase: denser in equations, numbers up to `largest`.
-
-    Args:
-        split: One of `training.split.SPLITS`.
-        documents: How many documents to draw, half drills and half worked stories.
-        seed: Seed of the draw.
-        largest: Largest number.
-
-    Returns:
-        The documents, in the order drawn, with the marks of `training.arithmetic`.
-    """
-    rng = random.Random(f"{seed}/{split}/worked")
-    draw = (drill, worked_story)
-    return [rng.choice(draw)(rng, split, largest=largest) for _ in range(documents)]

@@ -88,7 +88,7 @@ def main() -> None:
             if not arguments.random:
                 raise FileNotFoundError(f"{checkpoint} is absent; train it first, or pass --random")
             checkpoint = None
-        rows = f"tuned-{role.split('-')[1]}" if role.startswith("expert") else "pretrain"
+        rows = f"tuned-{role.split('-')[1]}" if role.startswith("expert") else f"pretrain-{shape}"
         export_model(checkpoint, shape, out / role, work / f"{rows}.npz")
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     tokenizer.save_pretrained(out / "tokenizer")

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 
 from training import data
-from training.arithmetic import problem_in, unmark
+from training.arithmetic import problem_in, step_in, unmark
 from training.rows import Document, Rows, encode, encode_problem, mix, pack
 from training.tokenizer import load_tokenizer, train_tokenizer
+
+SHARES = {
+    "base": {"arithmetic": 0.62, "python": 0.18, "glosses": 0.13, "jargon": 0.07},
+    "small": {"arithmetic": 0.33, "python": 0.5, "glosses": 0.11, "jargon": 0.06},
+}
+"""Share of each source in the tokens of each shape's pre-training mixture."""
+BARE_SHARE = 0.1
+"""Share of questions without a story among the tuned problems."""
 
 
 def _write(work: Path, name: str, rows: Rows) -> None:
@@ -27,10 +36,10 @@ def main() -> None:
     parser.add_argument("--wordnet", type=Path, default=data.WORDNET)
     parser.add_argument("--jargon", type=Path, default=data.JARGON)
     parser.add_argument("--stdlib", type=Path, default=None, help="a Python standard library (default: this one's)")
+    parser.add_argument("--tokenizer", type=Path, default=None, help="a tokenizer to keep (default: train one)")
     parser.add_argument("--tokens", type=int, default=9_000_000, help="tokens of the pre-training set")
-    parser.add_argument("--last-tokens", type=int, default=1_500_000, help="tokens of the base's last phase")
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--problems", type=int, default=4_000, help="problems of the tuned set")
+    parser.add_argument("--problems", type=int, default=9_000, help="problems of the tuned set")
     parser.add_argument("--tuned-tokens", type=int, default=1_000_000, help="tokens of each tuned set")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -41,43 +50,41 @@ def main() -> None:
     glosses = data.wordnet_glosses("train", arguments.wordnet)
     jargon = data.jargon_entries("train", arguments.jargon)
     python = data.python_source("train", arguments.stdlib)
-    sample = data.raw_arithmetic("train", 4_000, arguments.seed + 1)
-    texts = [unmark(text)[0] for text in sample] + glosses[:20_000] + jargon + python[:2_500]
-    train_tokenizer(texts).save_pretrained(str(work / "tokenizer"))
+    if arguments.tokenizer is None:
+        sample = data.raw_arithmetic("train", 4_000, arguments.seed + 1)
+        texts = [unmark(text)[0] for text in sample] + glosses[:20_000] + jargon + python[:2_500]
+        train_tokenizer(texts).save_pretrained(str(work / "tokenizer"))
+    elif arguments.tokenizer.resolve() != (work / "tokenizer").resolve():
+        shutil.copytree(arguments.tokenizer, work / "tokenizer", dirs_exist_ok=True)
     tokenizer = load_tokenizer(work / "tokenizer")
     print(f"tokenizer after {time.monotonic() - start:.0f} s", flush=True)
 
     tokens = arguments.tokens
     arithmetic: list[Document] = []
     drawn = 0
-    while sum(len(ids) for ids, _ in arithmetic) < 0.7 * tokens:
+    while sum(len(ids) for ids, _ in arithmetic) < max(shares["arithmetic"] for shares in SHARES.values()) * tokens:
         arithmetic += encode(tokenizer, data.raw_arithmetic("train", 10_000, arguments.seed + 100 + drawn))
         drawn += 1
-    gloss_documents = encode(tokenizer, glosses)
-    jargon_documents = encode(tokenizer, jargon)
-    sources = [
-        (arithmetic, int(0.7 * tokens)),
-        (gloss_documents, int(0.2 * tokens)),
-        (jargon_documents, int(0.1 * tokens)),
-    ]
-    _write(work, "pretrain", pack(mix(sources, arguments.seed), arguments.length))
-
-    last = arguments.last_tokens
-    worked = encode(tokenizer, data.worked_arithmetic("train", last // 50, arguments.seed))
-    sources = [
-        (worked, int(0.55 * last)),
-        (encode(tokenizer, python), int(0.25 * last)),
-        (gloss_documents[::-1], int(0.13 * last)),
-        (jargon_documents[::-1], int(0.07 * last)),
-    ]
-    _write(work, "last", pack(mix(sources, arguments.seed), arguments.length))
+    documents = {
+        "arithmetic": arithmetic,
+        "python": encode(tokenizer, python),
+        "glosses": encode(tokenizer, glosses),
+        "jargon": encode(tokenizer, jargon),
+    }
+    for shape, shares in SHARES.items():
+        sources = [(documents[name], int(share * tokens)) for name, share in shares.items()]
+        _write(work, f"pretrain-{shape}", pack(mix(sources, arguments.seed), arguments.length))
 
     rng = random.Random(f"{arguments.seed}/tuned")
-    problems = [encode_problem(tokenizer, problem_in(rng, "train")) for _ in range(arguments.problems)]
+    drawn_problems = [
+        step_in(rng, "train") if rng.random() < BARE_SHARE else problem_in(rng, "train")
+        for _ in range(arguments.problems)
+    ]
+    problems = [encode_problem(tokenizer, problem) for problem in drawn_problems]
     tuned = arguments.tuned_tokens
-    sources = [(problems, int(0.8 * tuned)), (gloss_documents, int(0.1 * tuned)), (arithmetic, int(0.1 * tuned))]
+    sources = [(problems, int(0.8 * tuned)), (documents["glosses"], int(0.1 * tuned)), (arithmetic, int(0.1 * tuned))]
     _write(work, "tuned-arithmetic", pack(mix(sources, arguments.seed), arguments.length))
-    sources = [(encode(tokenizer, python), tuned)]
+    sources = [(documents["python"], tuned)]
     _write(work, "tuned-python", pack(mix(sources, arguments.seed), arguments.length))
     print(f"done after {time.monotonic() - start:.0f} s", flush=True)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from training.arithmetic import Problem, unmark
+from training.arithmetic import Problem, Step, unmark
 
 Document = tuple[list[int], list[float]]
 """Token ids and their loss weights, the end of text included."""
@@ -43,8 +43,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Doc
     return documents
 
 
-def encode_problem(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> Document:
-    """Encodes a problem in the tuned format; only the answer and the end of text carry weight."""
+def encode_problem(tokenizer: PreTrainedTokenizerFast, problem: Problem | Step) -> Document:
+    """Encodes a problem (or a step asked without a story) as tuned; only answer and end of text carry weight."""
     prompt = tokenizer(problem.prompt)["input_ids"]
     answer = [*tokenizer(problem.tuned_answer)["input_ids"], tokenizer.eos_token_id]
     return prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer)
