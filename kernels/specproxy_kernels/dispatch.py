@@ -61,7 +61,33 @@ def kernel_path(device: torch.device) -> str:
 def sample_drafts(
     logits: Tensor, parameters: WarpParameters, drafts: Tensor, noise: NoiseStream, vocab_size: int
 ) -> tuple[Tensor, DraftLaw]:
-    """Draw one draft per row and keep the descriptor of its law: `reference.sample_drafts`, or its kernel."""
+    """Draw one draft per row from the drafter's warped law, and keep the law's descriptor. One launch on CUDA.
+
+    Args:
+        logits: floating [B, 1, V_draft], V_draft >= vocab_size, contiguous along the vocabulary: the drafter's at
+            window position i. They are kept, not copied, and must stay as they are until the window is verified.
+        parameters: of the B rows.
+        drafts: int64 [B, i], the cycle's drafts before this position.
+        noise: of the cycle; the draw takes the token purpose at position i.
+        vocab_size: V, the shared vocabulary.
+
+    Returns:
+        tokens: int64 [B, 1].
+        law: `logits` with tau (None without filters) and lse, [B, 1] each, in promote(float32, logits).
+
+    Raises:
+        ValueError: a tensor whose shape, dtype or stride the kernels do not read; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from specproxy_kernels import NoiseStream, WarpParameters, row_keys, sample_drafts
+        >>> parameters = WarpParameters(temperature=torch.ones(1), any_greedy=False)
+        >>> noise = NoiseStream(row_keys([7], [0]), torch.zeros(1, dtype=torch.long))
+        >>> nothing = torch.empty(1, 0, dtype=torch.long)
+        >>> token, law = sample_drafts(torch.randn(1, 1, 100), parameters, nothing, noise, 100)
+        >>> token.shape, law.lse.shape
+        (torch.Size([1, 1]), torch.Size([1, 1]))
+    """
     if kernel_path(logits.device) == "torch":
         return reference.sample_drafts(logits, parameters, drafts, noise, vocab_size)
     from specproxy_kernels.fused import draft
@@ -80,7 +106,43 @@ def verify_window(
     noise: NoiseStream,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logit arithmetic, acceptance and the next token of a window: `reference.verify_window`, or its kernels."""
+    """Logit arithmetic, acceptance and the next token of a whole window, from raw logits. One to four launches on CUDA.
+
+    Args:
+        rule: `rejection`, `block` or `coupled`; rows of temperature 0 are greedy under each.
+        base: floating [B, W, V_base], V_base >= vocab_size, contiguous along the vocabulary, any other strides. Or,
+            without pairs, logits that a caller has combined and processed already.
+        pairs: expert and anti-expert logits at the same W positions, laid out alike, dtypes and widths of their own;
+            alpha floating [B, W], any strides.
+        drafts: int64 [B, W - 1].
+        num_drafts: int64 [B], at most W - 1; what lies behind a row's drafts is not read.
+        draft_law: what the drafts were drawn from, joined over positions: logits [B, >= W - 1, V_draft], tau and lse
+            [B, W - 1]. None where they are certain.
+        parameters: of the B rows; `seen` and `counts` without the drafts, which are added per position.
+        noise: keys and positions of the cycle.
+        vocab_size: V, the shared vocabulary.
+
+    Returns:
+        num_accepted: int64 [B].
+        next_token: int64 [B], a safe id (below V) where the status reports an error.
+        status: int32 [B], bits `STATUS_*` of the law that the next token was drawn from.
+
+    Raises:
+        ValueError: a tensor whose shape, dtype or stride the kernels do not read; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from specproxy_kernels import LogitPair, NoiseStream, WarpParameters, row_keys, verify_window
+        >>> base, expert, anti_expert = torch.randn(3, 1, 2, 100)  # one row, two positions each
+        >>> pair = LogitPair(expert, anti_expert, alpha=torch.ones(1, 2))
+        >>> kept, token, status = verify_window(
+        ...     "rejection", base, [pair], torch.tensor([[5]]), torch.tensor([1]), None,
+        ...     WarpParameters(temperature=torch.zeros(1), any_sampling=False),
+        ...     NoiseStream(row_keys([7], [0]), torch.zeros(1, dtype=torch.long)), 100,
+        ... )
+        >>> kept.shape, token.shape, status.tolist()
+        (torch.Size([1]), torch.Size([1]), [0])
+    """
     arguments = (rule, base, pairs, drafts, num_drafts, draft_law, parameters, noise, vocab_size)
     if kernel_path(base.device) == "torch":
         return reference.verify_window(*arguments)

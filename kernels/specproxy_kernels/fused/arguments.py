@@ -116,13 +116,15 @@ def prepare(
             anti_expert = _rows(f"pairs[{i}].anti_expert", pair.anti_expert, vocab_size)
         pair_rows.append(Pair(expert, anti_expert, pair.alpha, pair.alpha.stride(0), pair.alpha.stride(1)))
     warp, features, filters = _warp(parameters)
-    prefix = Prefix(drafts, drafts.stride(0), drafts.shape[1])
+    # Where it is not read the length stays 0, lest a kernel be compiled anew for lengths that Triton tells apart.
+    reads_prefix = not one_position or features & (REPETITION.value | COUNTS.value)
+    prefix = Prefix(drafts.contiguous(), drafts.shape[1] if reads_prefix else 0)
     law = Law(_rows(name, base, vocab_size, one_position), tuple(pair_rows), warp, prefix)
     return Prepared(law, features, filters, anti, _DTYPES[compute])
 
 
 def _warp(parameters: WarpParameters) -> tuple[Warp, int, int]:
-    unread = parameters.temperature
+    unread = parameters.temperature.contiguous()
     features = int(SAMPLING) if parameters.any_sampling else 0
     filters = 0
     if parameters.any_sampling:
@@ -150,10 +152,10 @@ def _warp(parameters: WarpParameters) -> tuple[Warp, int, int]:
         counts_stride = counts.stride(0)
 
     def given(values: Tensor | None) -> Tensor:
-        return unread if values is None else values
+        return unread if values is None else values.contiguous()
 
     warp = Warp(
-        temperature=parameters.temperature,
+        temperature=unread,
         top_k=given(parameters.top_k),
         top_p=given(parameters.top_p),
         min_p=given(parameters.min_p),
@@ -176,7 +178,8 @@ def _warp(parameters: WarpParameters) -> tuple[Warp, int, int]:
 def noise_keys(noise: NoiseStream) -> tuple[NoiseKeys, bool]:
     """Keys of a launch, and whether the start of the block enters them."""
     blocks = noise.block_start is not None
-    return NoiseKeys(noise.key, noise.start, noise.start if noise.block_start is None else noise.block_start), blocks
+    key, start = noise.key.contiguous(), noise.start.contiguous()
+    return NoiseKeys(key, start, start if noise.block_start is None else noise.block_start.contiguous()), blocks
 
 
 def partials(lines: int, splits: int, compute: torch.dtype, device: torch.device, race: bool) -> Partials:

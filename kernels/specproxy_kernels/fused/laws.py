@@ -84,7 +84,6 @@ class Prefix(NamedTuple):
     """The cycle's drafts int64 [B, length], of which a window position w has the first w before it."""
 
     drafts: Tensor
-    row_stride: int
     length: int
 
 
@@ -127,7 +126,7 @@ def _earlier(law, row, position, ids):
     """How often each id stands among the drafts before the position, int32."""
     times = tl.zeros_like(ids)
     for j in range(law.prefix.length):
-        draft = tl.load(law.prefix.drafts + row * law.prefix.row_stride + j)
+        draft = tl.load(law.prefix.drafts + row * law.prefix.length + j)
         times += ((ids == draft) & (position > j)).to(tl.int32)
     return times
 

@@ -66,9 +66,8 @@ class DraftRows(NamedTuple):
 
     law: tuple[object, ...]
     tau: Tensor
-    tau_stride: int
     lse: Tensor
-    lse_stride: int
+    row_stride: int
     num_drafts: Tensor
 
 
@@ -106,14 +105,14 @@ def _log_draft(
     """log q at ids of a drafted position, in COMPUTE."""
     if CERTAIN:
         prefix = drafted.law.prefix
-        draft = tl.load(prefix.drafts + row * prefix.row_stride + position)
+        draft = tl.load(prefix.drafts + row * prefix.length + position)
         log_draft = tl.where(ids == draft, 0.0, -INFINITY).to(COMPUTE)
     else:
         z, _ = scaled_logits(drafted.law, row, position, ids, inside, 0, FEATURES, DRAFT_COMPUTE)
-        lse = tl.load(drafted.lse + row * drafted.lse_stride + position).to(DRAFT_COMPUTE)
+        lse = tl.load(drafted.lse + row * drafted.row_stride + position).to(DRAFT_COMPUTE)
         tau = lse
         if FILTERS != 0:
-            tau = tl.load(drafted.tau + row * drafted.tau_stride + position).to(DRAFT_COMPUTE)
+            tau = tl.load(drafted.tau + row * drafted.row_stride + position).to(DRAFT_COMPUTE)
         log_draft = _log_prob(z, tau, lse, FILTERS).to(COMPUTE)
     return log_draft
 
@@ -148,7 +147,7 @@ def _finish_row(
     tl.store(rows.token + line, winner)
     if position < tl.load(drafted.num_drafts + row):
         prefix = law.prefix
-        draft = tl.load(prefix.drafts + row * prefix.row_stride + position).to(tl.int32)
+        draft = tl.load(prefix.drafts + row * prefix.length + position).to(tl.int32)
         inside = draft < vocab_size
         z, _ = scaled_logits(law, row, position, draft, inside, ANTI, FEATURES, COMPUTE)
         log_target = _log_prob(z, tau, lse, FILTERS)
@@ -183,7 +182,7 @@ def _decide(
     survives = live
     if RULE == COUPLED or GREEDY:
         prefix = law.prefix
-        draft = tl.load(prefix.drafts + row * prefix.row_stride + i, mask=live, other=-1)
+        draft = tl.load(prefix.drafts + row * prefix.length + i, mask=live, other=-1)
         token = tl.load(rows.token + row * window + i, mask=live, other=-2, cache_modifier=".cg")
         survives = token == draft
     if RULE != COUPLED and SAMPLING & FEATURES:
@@ -505,12 +504,9 @@ def verify_window(
     tau = lse = noise.key
     if draft_law is not None:
         drafted = arguments.prepare(draft_law.logits, [], parameters, drafts, vocab_size, name="draft_law.logits")
-        lse = draft_law.lse
-        tau = lse if draft_law.tau is None else draft_law.tau
-    has_columns = count > 0 and not certain
-    draft_rows = DraftRows(
-        drafted.law, tau, tau.stride(0) if has_columns else 0, lse, lse.stride(0) if has_columns else 0, num_drafts
-    )
+        lse = draft_law.lse.contiguous()
+        tau = lse if draft_law.tau is None else draft_law.tau.contiguous()
+    draft_rows = DraftRows(drafted.law, tau, lse, count, num_drafts.contiguous())
     splits = triton.cdiv(vocab_size, SPLIT.value)
     floats = torch.empty(3, batch, window, dtype=compute, device=device)
     integers = torch.empty(2, batch, window, dtype=torch.int32, device=device)
