@@ -49,12 +49,23 @@ def faults(ops: Any, case: Case) -> list[str]:
     return compare(problem, expected, run_cycle(ops, problem, expected.tokens)).faults
 
 
-# Laws whose kept set is longer than the kernels' list of candidates, and rows of several splits.
+# Shapes beyond the cover: rows of many splits, large batches, long windows.
 LONG = [
     Case(filters="top_k", vocab_size=9001, batch=1, window=2),
     Case(rule="coupled", rows="mixed", filters="top_p", vocab_size=5000, batch=2, window=2, dtype="bfloat16"),
     Case(rule="block", filters="min_p", vocab_size=4097, batch=1, window=3),
     Case(vocab_size=50_257, batch=1, window=2, dtype="bfloat16"),
+    Case(rule="coupled", vocab_size=151_936, batch=1, window=1, dtype="float16"),
+    Case(rows="greedy", vocab_size=32_000, batch=3, window=2, dtype="bfloat16"),
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for rule in reference.RULES
+        for case in (
+            Case(rule=rule, vocab_size=5, batch=64, window=9),
+            Case(rule=rule, vocab_size=1000, batch=8, window=6, filters="top_k_top_p", drafts="ragged"),
+            Case(rule=rule, vocab_size=151_936, batch=1, window=4, dtype="bfloat16"),
+        )
+    ),
 ]
 
 

@@ -81,7 +81,7 @@ KERNEL_MUTANTS = [
         "torch.where((from_target | empty)[:, None], scores, residual)",
         "torch.where((from_target | empty)[:, None], scores, scores)",
     ),
-    Mutant("penalty of the draft on itself", LAWS, "position > j", "position >= j"),
+    Mutant("penalty of the draft on itself", LAWS, "token) | (position > j)", "token) | (position >= j)"),
     Mutant(
         "coupled bonus from another purpose",
         REFERENCE,

@@ -21,12 +21,10 @@ from specproxy_kernels.fused.rows import Partials
 from specproxy_kernels.laws import LogitPair, WarpParameters
 from specproxy_kernels.reference import NoiseStream
 
-__all__ = ["OPTIONS", "Prepared", "candidates", "counters", "noise_keys", "on", "partials", "prepare"]
-
-# Fused multiply-adds would round the logit arithmetic otherwise than the reference does.
-OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
+__all__ = ["Prepared", "candidates", "counters", "launch_options", "noise_keys", "on", "partials", "prepare"]
 
 _DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+_REGISTERS = 65_536  # of a multiprocessor, since compute capability 3.0
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -51,6 +49,23 @@ class Prepared(NamedTuple):
 def torch_dtype(compute: tl.dtype) -> torch.dtype:
     """The torch dtype of a `Prepared.compute`."""
     return next(dtype for dtype, ours in _DTYPES.items() if ours == compute)
+
+
+def launch_options(prepared: Prepared, filtering: bool = False) -> dict[str, Any]:
+    """Warps and compiler options of a launch.
+
+    Args:
+        prepared: the law.
+        filtering: one program a row, rather than one a split.
+    """
+    wide = prepared.compute == tl.float64
+    warps = 16 if filtering and not wide else 8
+    # Fused multiply-adds would round the logit arithmetic otherwise than the reference does.
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
+    if filtering or wide or prepared.features > SAMPLING.value:
+        # Left to itself, the assembler spills a few bytes rather than take the registers that a program could have.
+        options["maxnreg"] = min(255, _REGISTERS // (32 * warps))
+    return options
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -113,7 +113,7 @@ def sample_drafts(
             filtered_draft_kernel[(batch,)](
                 prepared.law, keys, arguments.candidates(batch, compute, device), token, tau, lse, position, vocab_size,
                 BLOCKS=blocks, FEATURES=prepared.features, FILTERS=prepared.filters, COMPUTE=prepared.compute,
-                num_warps=16, **arguments.OPTIONS,
+                **arguments.launch_options(prepared, filtering=True),
             )  # fmt: skip
         else:
             splits = triton.cdiv(vocab_size, SPLIT.value)
@@ -122,6 +122,6 @@ def sample_drafts(
             draft_kernel[(splits, batch)](
                 prepared.law, keys, partials, counters, token, lse, position, vocab_size, splits,
                 BLOCKS=blocks, FEATURES=prepared.features, SPLITS=triton.next_power_of_2(splits),
-                COMPUTE=prepared.compute, num_warps=8, **arguments.OPTIONS,
+                COMPUTE=prepared.compute, **arguments.launch_options(prepared),
             )  # fmt: skip
     return token, DraftLaw(logits, tau, lse)

@@ -533,30 +533,31 @@ def verify_window(
         "DRAFTS": triton.next_power_of_2(max(count, 1)),
         "COMPUTE": target.compute,
         "DRAFT_COMPUTE": drafted.compute,
-        **arguments.OPTIONS,
     }
+    options = arguments.launch_options(target)
     decision = {"RULE": RULES.index(rule), "GREEDY": parameters.any_greedy, **shared}
     with arguments.on(device):
         partials = arguments.partials(batch * window, splits, compute, device, races)
         score_kernel[(splits, batch * window)](
             target.law, keys, draft_rows, partials, rows, outcome, counters, sequence_counters, window, vocab_size,
-            splits, num_warps=8, **decision,
+            splits, **options, **decision,
         )  # fmt: skip
         if target.filters:
+            candidates = arguments.candidates(batch * window, compute, device)
             filter_kernel[(batch * window,)](
-                target.law, keys, draft_rows, partials, arguments.candidates(batch * window, compute, device), rows,
-                outcome, sequence_counters, window, vocab_size, splits, num_warps=16, **decision,
+                target.law, keys, draft_rows, partials, candidates, rows, outcome, sequence_counters, window,
+                vocab_size, splits, **arguments.launch_options(target, filtering=True), **decision,
             )  # fmt: skip
         if sampled and rule == "block" and count > 0:
             masses = torch.empty(batch * count, splits, dtype=compute, device=device)
             weigh_kernel[(splits, batch * count)](
                 target.law, keys, draft_rows, rows, outcome, masses, sequence_counters, window, vocab_size, splits,
-                num_warps=8, **shared,
+                **options, **shared,
             )  # fmt: skip
         if sampled and rule != "coupled":
             races_of = arguments.race_results(batch, splits, device), arguments.race_results(batch, splits, device)
             emit_kernel[(splits, batch)](
                 target.law, keys, draft_rows, rows, outcome, *races_of[0], *races_of[1], sequence_counters, window,
-                vocab_size, splits, num_warps=8, **shared,
+                vocab_size, splits, **options, **shared,
             )  # fmt: skip
     return outcome.num_accepted, outcome.next_token, outcome.status
