@@ -1,4 +1,4 @@
-"""Kernels as compiled for an H100: hardly a spill, and enough warps at once."""
+"""Kernels as compiled for an H100: no spills, and enough warps at once."""
 
 from __future__ import annotations
 
@@ -26,9 +26,6 @@ MAX_WARPS, MAX_BLOCKS = 64, 32
 # Bytes in flight hide the latency of memory: with 16-byte loads, 8 warps with two loads each hold 8 KiB, and a third
 # of the resident warps of a full multiprocessor keep it busy in practice. Fewer than 8 would not.
 MIN_RESIDENT_WARPS = 8
-# The assembler may keep a few values in local memory to fit one more block on a multiprocessor. That is its choice
-# where a kernel does everything at once; kernels without filters, which most calls take, spill nothing.
-MAX_SPILLED_BYTES = 32
 
 
 def resident_warps(registers: int, shared_bytes: int, warps: int) -> int:
@@ -44,7 +41,7 @@ def resource_faults(kernels: list[dict[str, Any]]) -> list[str]:
     faults = []
     for kernel in kernels:
         name = f"{kernel['name']} {kernel['constants']}"
-        if kernel["spilled_bytes"] > MAX_SPILLED_BYTES:
+        if kernel["spilled_bytes"]:
             faults.append(f"{name} spills {kernel['spilled_bytes']} bytes a thread")
         if kernel["registers"] > MAX_REGISTERS:
             faults.append(f"{name} takes {kernel['registers']} registers")
@@ -97,9 +94,7 @@ def test_every_kernel_compiles_within_its_bounds(workload: str, tmp_path: Path) 
     print_table(record)
     assert coverage_faults(record) == []
     assert resource_faults(record["kernels"]) == []
-    if workload == "quick":
-        plain = [kernel for kernel in record["kernels"] if kernel["constants"].get("FILTERS", "0") == "0"]
-        assert sum(kernel["spilled_bytes"] for kernel in plain) == 0 and len(plain) > 10
+    assert len(record["kernels"]) > 20
 
 
 def test_check_sees_spills_and_kernels_that_fail_or_are_never_launched(tmp_path: Path) -> None:

@@ -58,11 +58,11 @@ def launch_options(prepared: Prepared, filtering: bool = False) -> dict[str, Any
         prepared: the law.
         filtering: one program a row, rather than one a split.
     """
-    wide = prepared.compute == tl.float64
-    warps = 16 if filtering and not wide else 8
+    heavy = prepared.compute == tl.float64 or prepared.features > SAMPLING.value
+    warps = 16 if filtering and not heavy else 8
     # Fused multiply-adds would round the logit arithmetic otherwise than the reference does.
     options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
-    if filtering or wide or prepared.features > SAMPLING.value:
+    if filtering or heavy:
         # Left to itself, the assembler spills a few bytes rather than take the registers that a program could have.
         options["maxnreg"] = min(255, _REGISTERS // (32 * warps))
     return options
