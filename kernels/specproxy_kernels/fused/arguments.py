@@ -58,7 +58,7 @@ def launch_options(prepared: Prepared, filtering: bool = False) -> dict[str, Any
         prepared: the law.
         filtering: one program a row, rather than one a split.
     """
-    heavy = prepared.compute == tl.float64 or prepared.features > SAMPLING.value
+    heavy = prepared.compute == tl.float64 or (prepared.features | SAMPLING.value) != SAMPLING.value
     warps = 16 if filtering and not heavy else 8
     # Fused multiply-adds would round the logit arithmetic otherwise than the reference does.
     options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}

@@ -82,7 +82,7 @@ def scan_split(
     RACE: 0 none, 1 the largest z (greedy rows alone race), 2 z + noise of PURPOSE.
     """
     # Unrolled penalties would spill registers.
-    UNROLL: tl.constexpr = 4 if SAMPLING >= FEATURES else 1
+    UNROLL: tl.constexpr = 4 if (SAMPLING | FEATURES) == SAMPLING else 1
     first = split * SPLIT
     lane_0 = tile_ids(first, COUNTERS)
     greedy = is_greedy(law, row)

@@ -363,7 +363,7 @@ def weigh_kernel(
             tau = tl.load(rows.tau + row * window + position)
             lse = tl.load(rows.lse + row * window + position)
             mass = tl.zeros([COUNTERS], COMPUTE)
-            UNROLL: tl.constexpr = 4 if SAMPLING >= FEATURES else 1
+            UNROLL: tl.constexpr = 4 if (SAMPLING | FEATURES) == SAMPLING else 1
             for lane in tl.range(4, loop_unroll_factor=UNROLL):
                 ids = split * SPLIT + lane * COUNTERS + tl.arange(0, COUNTERS)
                 inside = ids < vocab_size
@@ -431,7 +431,7 @@ def emit_kernel(
         log_weight = tl.load(outcome.log_weight + row)
         tau = tl.load(rows.tau + row * window + position)
         lse = tl.load(rows.lse + row * window + position)
-        UNROLL: tl.constexpr = 4 if SAMPLING >= FEATURES else 1
+        UNROLL: tl.constexpr = 4 if (SAMPLING | FEATURES) == SAMPLING else 1
         first = split * SPLIT
         lane_0 = tile_ids(first, COUNTERS)
         w0, w1, w2, w3 = token_words(keys, row, position, _RESIDUAL, first, COUNTERS, BLOCKS)
