@@ -1,8 +1,9 @@
 """Which implementation an operation takes: the Triton kernels, or the torch reference.
 
 CUDA tensors take the kernels, all others the reference. The environment variable SPECPROXY_KERNELS forces either:
-`auto` (the rule above), `triton`, or `torch`. Kernels on CPU tensors run in Triton's interpreter, slowly, to test
-them; it has to be switched on before triton is first imported, which this module does where it can.
+`auto` (the rule above), `triton`, or `torch`. Kernels on CPU tensors run in Triton's interpreter, slowly, to
+test them: set TRITON_INTERPRET=1 as well before Python starts. This module sets it only where triton has not been
+imported yet, which Transformers, and so `specproxy`, may have done.
 """
 
 from __future__ import annotations
