@@ -16,7 +16,7 @@ from specproxy.trio import TrioRunners
 from specproxy.verify import WindowLogits, score_window
 from specproxy_kernels import STATUS_EMPTY_RESIDUAL, STATUS_EMPTY_SUPPORT, STATUS_NON_FINITE
 
-__all__ = ["admit", "step"]
+__all__ = ["admit", "evict_finished", "step"]
 
 _ERRORS = STATUS_NON_FINITE | STATUS_EMPTY_SUPPORT
 
@@ -87,7 +87,7 @@ def _commit(
             row.scores += list(window.scores[slot, :taken].float())
         stats.record(drafted, num_accepted, taken)
         stats.num_empty_residuals += bool(status & STATUS_EMPTY_RESIDUAL)
-    _evict_finished(state, runners)
+    evict_finished(state, runners)
     return rows, accepted_counts
 
 
@@ -100,8 +100,11 @@ def _reason(row: Row, window: WindowLogits, slot: int, position: int, status: in
     return f"{place}: the logits of the {' and '.join(roles)} are not usable (NaN or infinite)"
 
 
-def _evict_finished(state: DecodeState, runners: TrioRunners) -> None:
-    """Take finished rows out: the last row moves into each gap, so that rows stay dense."""
+def evict_finished(state: DecodeState, runners: TrioRunners) -> None:
+    """Take finished rows out: the last row moves into each gap, so that rows stay dense.
+
+    Between steps any row may be given a `finish_reason` and be taken out by this.
+    """
     if all(row.finish_reason is None for row in state.rows):
         return
     slots = list(range(len(state.rows)))

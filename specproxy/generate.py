@@ -20,7 +20,7 @@ from specproxy.decode import admit, step
 from specproxy.errors import ConfigurationError, LogitsError, PromptError
 from specproxy.options import GenerationOptions
 from specproxy.policy import AdaptiveWindow, FixedWindow, WindowPolicy
-from specproxy.processors import row_law
+from specproxy.rows import check_ids, check_lengths, make_row
 from specproxy.state import BASE, DecodeState, Row
 from specproxy.stats import SpeculationStats
 from specproxy.trio import Trio
@@ -67,7 +67,7 @@ def generate(
         input_ids = input_ids.repeat_interleave(copies, dim=0)
     batch = len(prompts[BASE])
     least, most = options.budget(input_ids.shape[1])
-    _check_lengths(trio, prompts, most)
+    check_lengths(trio, prompts, most)
     if streamer is not None and not (hasattr(streamer, "put") or hasattr(streamer, "put_row")):
         raise ConfigurationError(f"streamer={streamer!r} has neither put() nor put_row(); give a streamer.")
     if streamer is not None and batch != 1 and not hasattr(streamer, "put_row"):
@@ -79,20 +79,14 @@ def generate(
     law = options.law if options.output_scores else replace(options.law, renormalize_logits=None)
     keys = _row_keys(batch, seed, generator, options.law.sampling.do_sample)
     rows = [
-        Row(
-            index=i,
-            prompts={role: rows[i] for role, rows in prompts.items()},
-            law=row_law(
-                law,
-                row_index=i,
-                prompt_length=len(prompts[BASE][i]),
-                min_new_tokens=least,
-                max_new_tokens=most,
-                eos_token_ids=eos,
-                device=trio.device,
-            ),
+        make_row(
+            trio,
+            i,
+            {role: rows[i] for role, rows in prompts.items()},
+            law,
             alphas=strengths,
             key=keys[i],
+            min_new_tokens=least,
             max_new_tokens=most,
             eos_token_ids=eos,
             stopping_criteria=stopping,
@@ -246,13 +240,7 @@ def _prompt_rows(
         if not all(flags[-length:]):
             raise PromptError(f"{mask_name}: row {i} is padded on the right or inside; pad prompts on the left.")
         prompt = row[-length:]
-        size = trio.embedding_sizes[role]
-        outside = [token for token in prompt if not 0 <= token < size]
-        if outside:
-            raise PromptError(
-                f"{name}: row {i} holds id {outside[0]}, outside the {role}'s vocabulary of {size}; "
-                "encode it with the tokenizer of that model."
-            )
+        check_ids(trio, role, f"{name}: row {i}", prompt)
         rows.append(prompt)
     return rows
 
@@ -277,16 +265,6 @@ def _role_prompt_rows(
     if len(rows) != len(input_ids):
         raise PromptError(f"{name} has {len(rows)} rows, input_ids has {len(input_ids)}; give one prompt per row.")
     return rows
-
-
-def _check_lengths(trio: Trio, prompts: dict[str, list[list[int]]], max_new_tokens: int) -> None:
-    for role, limit in trio.position_limits.items():
-        longest = max(map(len, prompts[role]))
-        if limit is not None and longest + max_new_tokens > limit:
-            raise PromptError(
-                f"the {role}'s prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceeds its {limit} "
-                f"positions; shorten the prompt or ask for at most {max(limit - longest, 0)} tokens."
-            )
 
 
 def _alphas(

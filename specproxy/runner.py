@@ -123,17 +123,29 @@ class Runner:
 
         Time spent here counts in the timer's total.
         """
-        start = perf_counter()
         self.cache.set_lengths(first, [0] * len(prompts))
-        longest = max(map(len, prompts))
-        for chunk in range(0, longest, _MAX_PREFILL_TOKENS):
-            pieces = [prompt[chunk : chunk + _MAX_PREFILL_TOKENS] for prompt in prompts]
-            size = max(map(len, pieces))
-            tokens = torch.tensor([piece + [0] * (size - len(piece)) for piece in pieces], dtype=torch.long)
-            self.cache.set_lengths(first, [min(chunk, len(prompt)) for prompt in prompts])
-            self._run(tokens.to(self.device), first=first, offset=0, logits_to_keep=1)
-        self.cache.set_lengths(first, [len(prompt) for prompt in prompts])
+        for chunk in range(0, max(map(len, prompts)), _MAX_PREFILL_TOKENS):
+            self.extend(first, [prompt[chunk : chunk + _MAX_PREFILL_TOKENS] for prompt in prompts])
+
+    def extend(self, first: int, pieces: list[list[int]], *, all_logits: bool = False) -> Tensor:
+        """Append pieces of prompts (right-padded together) to rows from `first` on, whose lengths grow by as much.
+
+        Args:
+            first: the first row.
+            pieces: token ids per row, not all empty.
+            all_logits: whether the logits of every position are wanted.
+
+        Returns:
+            The model's logits [n, T, V]; of the last position alone, [n, 1, V], where it can leave out the others.
+        """
+        start = perf_counter()
+        size = max(map(len, pieces))
+        tokens = torch.tensor([piece + [0] * (size - len(piece)) for piece in pieces], dtype=torch.long)
+        lengths = self.cache.host_lengths[first : first + len(pieces)]
+        logits = self._run(tokens.to(self.device), first=first, offset=0, logits_to_keep=0 if all_logits else 1)
+        self.cache.set_lengths(first, [length + len(piece) for length, piece in zip(lengths, pieces, strict=True)])
         self.timer.total += perf_counter() - start
+        return logits
 
     def _run(self, tokens: Tensor, *, first: int, offset: int, logits_to_keep: int = 0) -> Tensor:
         window = self.cache.begin(first, tokens.shape[0], tokens.shape[1], offset)

@@ -40,7 +40,7 @@ LAYERS = [
     {"specproxy.trio"},
     {"specproxy.draft.expert", "specproxy.verify"},
     {"specproxy.draft", "specproxy.accept"},
-    {"specproxy.decode"},
+    {"specproxy.decode", "specproxy.rows"},
     {"specproxy.generate", "specproxy.demo"},
     {"specproxy.chat"},
     {"specproxy.model"},

@@ -1,0 +1,94 @@
+"""From checked arguments to a row of the decode loop: what `generate()` and the engine share on the way in.
+
+Knows nothing of batches, streams or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from specproxy.errors import PromptError
+from specproxy.processors import LawOptions, row_law
+from specproxy.state import BASE, Row, StoppingCriterion
+from specproxy.trio import Trio
+
+__all__ = ["check_ids", "check_lengths", "make_row"]
+
+
+def check_ids(trio: Trio, role: str, where: str, prompt: Sequence[int]) -> None:
+    """Hold a prompt's ids against the vocabulary of the model that reads them.
+
+    Args:
+        trio: whose models are meant.
+        role: of the model.
+        where: what the message calls the prompt.
+        prompt: token ids.
+
+    Raises:
+        PromptError: naming the first id that the model does not have.
+    """
+    size = trio.embedding_sizes[role]
+    outside = [token for token in prompt if not 0 <= token < size]
+    if outside:
+        raise PromptError(
+            f"{where} holds id {outside[0]}, outside the {role}'s vocabulary of {size}; "
+            "encode it with the tokenizer of that model."
+        )
+
+
+def check_lengths(trio: Trio, prompts: dict[str, list[list[int]]], max_new_tokens: int) -> None:
+    """Hold prompts and budget against every role's positions.
+
+    Args:
+        trio: whose models are meant.
+        prompts: per role, ids of every row.
+        max_new_tokens: of every row.
+
+    Raises:
+        PromptError: naming the role, its longest prompt and the tokens that are left.
+    """
+    for role, limit in trio.position_limits.items():
+        longest = max(map(len, prompts[role]))
+        if limit is not None and longest + max_new_tokens > limit:
+            raise PromptError(
+                f"the {role}'s prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceeds its {limit} "
+                f"positions; shorten the prompt or ask for at most {max(limit - longest, 0)} tokens."
+            )
+
+
+def make_row(
+    trio: Trio,
+    index: int,
+    prompts: dict[str, list[int]],
+    law: LawOptions,
+    *,
+    alphas: tuple[float, ...],
+    key: int,
+    min_new_tokens: int,
+    max_new_tokens: int,
+    eos_token_ids: frozenset[int],
+    stopping_criteria: Sequence[StoppingCriterion] = (),
+) -> Row:
+    """One row, its law made from the options of its call; arguments as in `Row` and `row_law`.
+
+    Raises:
+        ConfigurationError: for an option's unusable value.
+    """
+    return Row(
+        index=index,
+        prompts=prompts,
+        law=row_law(
+            law,
+            row_index=index,
+            prompt_length=len(prompts[BASE]),
+            min_new_tokens=min_new_tokens,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            device=trio.device,
+        ),
+        alphas=alphas,
+        key=key,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        stopping_criteria=stopping_criteria,
+    )
