@@ -15,7 +15,7 @@ from benchmarks.measure import Stopwatch
 from specproxy import ProxyTunedModel, SpeculationStats
 from specproxy.attention import borrowed
 from specproxy.config import SamplingParameters
-from specproxy.decode import _evict_finished, admit
+from specproxy.decode import admit, evict_finished
 from specproxy.processors import LawOptions, row_law
 from specproxy.runner import Runner
 from specproxy.state import BASE, DecodeState, Row
@@ -238,7 +238,7 @@ def single_model_loop(
         )
         for i, prompt in enumerate(prompts)
     ]
-    state = DecodeState(runner.device, vocabulary.size, vocabulary.allowed, "rejection", (BASE,))
+    state = DecodeState(len(rows), runner.device, vocabulary.size, vocabulary.allowed, "rejection", (BASE,))
     runner.cache.reserve(max(map(len, prompts)) + options.max_new_tokens + 1)
     runners: Any = [runner]
     with borrowed([model]):
@@ -249,10 +249,10 @@ def single_model_loop(
             zero = torch.zeros(len(state), dtype=torch.long, device=runner.device)
             token, _ = sample_drafts(logits, parameters, nothing, state.noise(), state.vocab_size)
             tokens = token[:, 0].tolist()
-            state.commit(nothing, zero, token[:, 0])
-            runner.cache.advance(zero + 1, [1] * len(tokens))
+            runner.cache.advance(state.commit(nothing, zero, token[:, 0]))
+            runner.cache.follow([1] * len(tokens))
             for row, new in zip(state.rows, tokens, strict=True):
                 row.append([new], [TARGET])
             watch.token()
-            _evict_finished(state, runners)
+            evict_finished(state, runners)
     return [row.tokens for row in rows]

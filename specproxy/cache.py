@@ -169,11 +169,16 @@ class RaggedCache(Cache):
         self.host_lengths[rows] = lengths
         self.lengths[rows] = torch.tensor(lengths, dtype=torch.long).to(self.lengths.device)
 
-    def advance(self, steps: Tensor, host_steps: list[int]) -> None:
-        """Keep `steps` int64 [n] more positions of the first n rows; all behind them is rolled back."""
-        count = len(host_steps)
-        self.lengths[:count] += steps.to(self.lengths.device)
-        self.host_lengths[:count] = [a + b for a, b in zip(self.host_lengths, host_steps, strict=False)]
+    def advance(self, steps: Tensor) -> None:
+        """Keep `steps` int64 [n] more positions of the first n rows; all behind them is rolled back.
+
+        On the device only: `follow` tells the host before the next forward.
+        """
+        self.lengths[: steps.shape[0]] += steps.to(self.lengths.device)
+
+    def follow(self, steps: list[int]) -> None:
+        """Repeat an `advance` on the host's copy of the lengths."""
+        self.host_lengths[: len(steps)] = [a + b for a, b in zip(self.host_lengths, steps, strict=False)]
 
     def move(self, source: int, target: int) -> None:
         """Copy a row's keys, values and length into another row."""
@@ -183,6 +188,11 @@ class RaggedCache(Cache):
                 buffer[target, :, :length] = buffer[source, :, :length]
         self.lengths[target] = self.lengths[source]
         self.host_lengths[target] = length
+
+    def empty(self, first: int, last: int) -> None:
+        """Forget the lengths of rows first .. last - 1, which nobody owns any longer."""
+        self.lengths[first:last] = 0
+        self.host_lengths[first:last] = [0] * (last - first)
 
     def clear(self, row: int) -> None:
         """Zero a row whose values may not be finite, so that nothing masked can spread."""

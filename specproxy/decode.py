@@ -5,7 +5,10 @@ Rows are admitted and evicted between steps. Knows nothing of requests, text or 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from specproxy.accept import Outcome, accept
 from specproxy.draft import draft_with_expert
@@ -16,9 +19,22 @@ from specproxy.trio import TrioRunners
 from specproxy.verify import WindowLogits, score_window
 from specproxy_kernels import STATUS_EMPTY_RESIDUAL, STATUS_EMPTY_SUPPORT, STATUS_NON_FINITE
 
-__all__ = ["admit", "evict_finished", "step"]
+__all__ = ["Cycle", "admit", "cycle", "evict_finished", "step"]
 
 _ERRORS = STATUS_NON_FINITE | STATUS_EMPTY_SUPPORT
+
+
+@dataclass
+class Cycle:
+    """What a cycle leaves behind on the device.
+
+    Args:
+        packed: int64 [B, G + 4]: drafts, and of every row its number of drafts, accepted drafts, next token, status.
+        window: the scored window, for messages and for recorded logits.
+    """
+
+    packed: Tensor
+    window: WindowLogits
 
 
 def step(state: DecodeState, runners: TrioRunners, policy: WindowPolicy, stats: SpeculationStats) -> list[Row]:
@@ -34,20 +50,31 @@ def step(state: DecodeState, runners: TrioRunners, policy: WindowPolicy, stats: 
         The rows that took part; those with a `finish_reason` are no longer in flight.
     """
     count = _num_drafts(state, runners, policy)
-    noise = state.noise()
     expert_seconds = -runners.expert.timer.total
-
-    draft = draft_with_expert(state, runners, noise, count)
-    window = score_window(state, runners, draft)
-    outcome = accept(state, runners, noise, draft, window)
-    rows, num_accepted = _commit(state, runners, draft, window, outcome, stats)
+    result = cycle(state, runners, count)
+    rows, tested, accepted = _settle(state, runners, result, stats)
 
     expert_seconds += runners.expert.timer.total
     window_seconds = sum(runner.timer.last for runner in runners if runner is not runners.expert)
-    tested = sum(min(accepted + 1, count) for accepted in num_accepted)
-    report = CycleReport(count, tested, sum(num_accepted), expert_seconds / max(window.num_scored, 1), window_seconds)
-    policy.observe(report)
+    steps = max(result.window.num_scored, 1)
+    policy.observe(CycleReport(count, tested, accepted, expert_seconds / steps, window_seconds))
     return rows
+
+
+def cycle(state: DecodeState, runners: TrioRunners, count: int) -> Cycle:
+    """Draft, verify, accept and commit on the device. What follows from it on the host is left to `_settle`.
+
+    Where a row `needs_host` Python takes part; otherwise this reads nothing that changes between cycles but tensors.
+
+    Args:
+        state, runners: as in `step`.
+        count: G.
+    """
+    noise = state.noise()
+    draft = draft_with_expert(state, runners, noise, count)
+    window = score_window(state, runners, draft)
+    outcome = accept(state, runners, noise, draft, window)
+    return Cycle(_commit(state, runners, draft, outcome), window)
 
 
 def _num_drafts(state: DecodeState, runners: TrioRunners, policy: WindowPolicy) -> int:
@@ -56,39 +83,46 @@ def _num_drafts(state: DecodeState, runners: TrioRunners, policy: WindowPolicy) 
     return max(0, min(policy.num_drafts(), longest_budget - 1, runners.room(len(state)) - 1))
 
 
-def _commit(
-    state: DecodeState,
-    runners: TrioRunners,
-    draft: Draft,
-    window: WindowLogits,
-    outcome: Outcome,
-    stats: SpeculationStats,
-) -> tuple[list[Row], list[int]]:
-    """The only place that changes the state: tokens, lengths, ends of rows, statistics."""
-    columns = [draft.tokens, outcome.num_accepted[:, None], outcome.next_token[:, None], outcome.status[:, None]]
-    packed = torch.cat(columns, dim=1).tolist()  # the cycle's one synchronisation
-    state.commit(draft.tokens, outcome.num_accepted, outcome.next_token)
-    accepted_counts = [line[-3] for line in packed]
+def _commit(state: DecodeState, runners: TrioRunners, draft: Draft, outcome: Outcome) -> Tensor:
+    """The only place that changes the device's side: tokens, budgets, lengths. Returns `Cycle.packed`."""
+    columns = (draft.num_drafts, outcome.num_accepted, outcome.next_token, outcome.status)
+    packed = torch.cat([draft.tokens, *(column[:, None] for column in columns)], dim=1)
+    advance = state.commit(draft.tokens, outcome.num_accepted, outcome.next_token)
     for runner in runners:
-        runner.cache.advance(outcome.num_accepted + 1, [count + 1 for count in accepted_counts])
+        runner.cache.advance(advance)
+    return packed
 
+
+def _settle(
+    state: DecodeState, runners: TrioRunners, result: Cycle, stats: SpeculationStats
+) -> tuple[list[Row], int, int]:
+    """The only place that changes the host's side: tokens, ends of rows, statistics, eviction.
+
+    Returns:
+        The rows that took part, drafts verified up to each row's first refusal, drafts accepted; both summed.
+    """
+    packed = result.packed[: len(state)].tolist()  # the cycle's one synchronisation
+    for runner in runners:
+        runner.cache.follow([line[-3] + 1 for line in packed])
     rows = list(state.rows)
+    tested = accepted = 0
     for slot, (row, line) in enumerate(zip(rows, packed, strict=True)):
-        *drafts, num_accepted, next_token, status = line
+        *drafts, drafted, num_accepted, next_token, status = line
         tokens, sources = drafts[:num_accepted], [DRAFT] * num_accepted
         if not status & _ERRORS:
             tokens, sources = [*tokens, next_token], [*sources, TARGET]
-        drafted = state.num_drafts(row, draft.count)
         taken = row.append(tokens, sources)
         if status & _ERRORS and row.finish_reason is None:
-            row.fail(_reason(row, window, slot, num_accepted, status))
+            row.fail(_reason(row, result.window, slot, num_accepted, status))
         if state.records_logits:
-            row.logits += list(window.combined[slot, :taken].float())
-            row.scores += list(window.scores[slot, :taken].float())
+            row.logits += list(result.window.combined[slot, :taken].float())
+            row.scores += list(result.window.scores[slot, :taken].float())
         stats.record(drafted, num_accepted, taken)
         stats.num_empty_residuals += bool(status & STATUS_EMPTY_RESIDUAL)
+        tested += min(num_accepted + 1, drafted)
+        accepted += num_accepted
     evict_finished(state, runners)
-    return rows, accepted_counts
+    return rows, tested, accepted
 
 
 def _reason(row: Row, window: WindowLogits, slot: int, position: int, status: int) -> str:
@@ -105,6 +139,7 @@ def evict_finished(state: DecodeState, runners: TrioRunners) -> None:
 
     Between steps any row may be given a `finish_reason` and be taken out by this.
     """
+    before = len(state)
     if all(row.finish_reason is None for row in state.rows):
         return
     slots = list(range(len(state.rows)))
@@ -120,6 +155,8 @@ def evict_finished(state: DecodeState, runners: TrioRunners) -> None:
             slots[slot] = last
             for runner in runners:
                 runner.cache.move(len(slots), slot)
+    for runner in runners:
+        runner.cache.empty(len(slots), before)
     state.keep(slots)
 
 

@@ -148,6 +148,7 @@ def _decode(
     # A long budget is rarely used up: its buffers grow as it goes.
     capacity = longest + min(rows[0].max_new_tokens, 1024) + (count if isinstance(count, int) else 8) + 1
     state = DecodeState(
+        len(rows),
         trio.device,
         trio.vocabulary.size,
         trio.vocabulary.allowed,

@@ -24,6 +24,9 @@ __all__ = ["ANTI_EXPERT", "BASE", "EXPERT", "DecodeState", "Draft", "Row"]
 
 BASE, EXPERT, ANTI_EXPERT = "base", "expert", "anti_expert"
 
+# Per row in the warp, and known to the host alone until rows change.
+_WARP_COLUMNS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
 StoppingCriterion = Callable[[Tensor, Any], Tensor | bool]
 
 
@@ -114,7 +117,12 @@ class Draft:
 class DecodeState:
     """All rows in flight.
 
+    What the device needs to know of a row stands in buffers of `max_rows` rows that are written in place and never
+    move; the attributes are views of their first `width` rows. Rows behind those in flight are idle: they have no
+    budget left, so that a cycle that runs over them advances nothing.
+
     Args:
+        max_rows: rows that may be in flight together.
         device: of the combined logits and of everything drawn from them.
         vocab_size: V, the shared vocabulary.
         allowed: int32 [1, 1, ceil(V / 32)], valid ids, or None where all are.
@@ -125,6 +133,7 @@ class DecodeState:
 
     def __init__(
         self,
+        max_rows: int,
         device: torch.device,
         vocab_size: int,
         allowed: Tensor | None,
@@ -132,51 +141,69 @@ class DecodeState:
         roles: Sequence[str],
         records_logits: bool = False,
     ) -> None:
+        self.max_rows = max_rows
         self.device = device
         self.vocab_size = vocab_size
-        self.allowed = allowed
         self.rule = rule
         self.roles = tuple(roles)
         self.records_logits = records_logits
         self.has_processors = False
         self.rows: list[Row] = []
-        self.pending = {role: self._integers([]) for role in self.roles}  # [B], each role's next input
-        self.start = self._integers([])  # [B], tokens generated so far
-        self.key = self._integers([])  # [B]
-        self.alpha = torch.zeros(0, (len(self.roles) - 1) // 2, device=device, dtype=torch.float64)  # [B, pairs]
-        self.seen: Tensor | None = None  # bool [B, V]
+        self.shared_ids = None if allowed is None else allowed.to(device)  # int32 [1, 1, ceil(V / 32)], None: all
+        self._host_allowed = None if allowed is None else allowed.cpu()
+        self._buffers: dict[str, Tensor] = {name: self._zeros() for name in (*self.roles, "start", "key", "remaining")}
+        self._buffers["alpha"] = self._zeros((len(self.roles) - 1) // 2, dtype=torch.float64)
         self._warp: WarpParameters | None = None
+        self._look(0)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _integers(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self.device)
+    def _zeros(self, *size: int, dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.zeros(self.max_rows, *size, dtype=dtype, device=self.device)
+
+    def _look(self, width: int) -> None:
+        """Point the views at the first `width` rows."""
+        self.width = width
+        buffers = self._buffers
+        self.pending = {role: buffers[role][:width] for role in self.roles}  # [B] each, each role's next input
+        self.start = buffers["start"][:width]  # [B], tokens generated so far
+        self.key = buffers["key"][:width]  # [B]
+        self.alpha = buffers["alpha"][:width]  # [B, pairs]
+        self.remaining = buffers["remaining"][:width]  # [B], tokens left in each row's budget
+        self.seen = buffers["seen"][:width] if "seen" in buffers else None  # bool [B, V]
+
+    def _write(self, name: str, first: int, values: Sequence[Any]) -> None:
+        buffer = self._buffers[name]
+        buffer[first : first + len(values)] = torch.tensor(values, dtype=buffer.dtype).to(self.device)
 
     def admit(self, rows: list[Row]) -> None:
         """Append rows whose prompts, but for their last token, are in the caches."""
+        first = len(self.rows)
+        assert first + len(rows) <= self.max_rows, "more rows than buffers"
         for role in self.roles:
-            last = self._integers([row.prompts[role][-1] for row in rows])
-            self.pending[role] = torch.cat([self.pending[role], last])
-        self.start = torch.cat([self.start, self._integers([len(row.tokens) for row in rows])])
-        self.key = torch.cat([self.key, self._integers([row.key for row in rows])])
-        self.alpha = torch.cat(
-            [self.alpha, torch.tensor([row.alphas for row in rows], dtype=torch.float64).to(self.device)]
-        )
-        if self.seen is not None or needs_seen_tokens([row.law.sampling for row in rows]):
-            before = self._seen(self.rows) if self.seen is None else self.seen
-            self.seen = torch.cat([before, self._seen(rows)])
+            self._write(role, first, [row.prompts[role][-1] for row in rows])
+        self._write("start", first, [len(row.tokens) for row in rows])
+        self._write("key", first, [row.key for row in rows])
+        self._write("remaining", first, [row.remaining for row in rows])
+        self._write("alpha", first, [row.alphas for row in rows])
         self.rows += rows
+        if "seen" not in self._buffers and needs_seen_tokens([row.law.sampling for row in rows]):
+            self._buffers["seen"] = self._zeros(self.vocab_size, dtype=torch.bool)
+            first = 0
+        if "seen" in self._buffers:
+            self._buffers["seen"][first : len(self.rows)] = self._seen(self.rows[first:])
         self._rebuild()
 
     def keep(self, slots: list[int]) -> None:
-        """Keep the given rows, in the given order."""
-        index = self._integers(slots)
+        """Keep the given rows, in the given order; those behind them become idle."""
+        count, before = len(slots), len(self.rows)
         self.rows = [self.rows[slot] for slot in slots]
-        self.pending = {role: pending[index] for role, pending in self.pending.items()}
-        self.start, self.key, self.alpha = self.start[index], self.key[index], self.alpha[index]
-        if self.seen is not None:
-            self.seen = self.seen[index]
+        index = torch.tensor(slots, dtype=torch.long).to(self.device)
+        for name in (*self.roles, "start", "key", "remaining", "alpha", "seen"):
+            if name in self._buffers:
+                self._buffers[name][:count] = self._buffers[name][index]
+        self._buffers["remaining"][count:before] = 0
         self._rebuild()
 
     def _seen(self, rows: list[Row]) -> Tensor:
@@ -186,11 +213,26 @@ class DecodeState:
         return seen.to(self.device)
 
     def _rebuild(self) -> None:
-        sampling = [row.law.sampling for row in self.rows]
+        """Follow a change of rows: views, and the warp."""
+        self._look(len(self.rows))
         self.has_processors = any(row.law.processors for row in self.rows)
-        allowed = self._allowed(1, forever=True) if any(row.law.bans for row in self.rows) else self.allowed
-        allowed = None if allowed is None else allowed.to(self.device)
-        self._warp = build_warp(sampling, self.seen, allowed, self.device) if self.rows else None
+        if not self.rows:
+            self._warp = None
+            return
+        sampling = [row.law.sampling for row in self.rows]
+        warp = build_warp(sampling, self.seen, None, self.device)
+        columns = {name: getattr(warp, name) for name in _WARP_COLUMNS}
+        columns["allowed"] = self._allowed(1, forever=True) if any(row.law.bans for row in self.rows) else None
+        kept: dict[str, Any] = {
+            name: self._keep_column(name, column) for name, column in columns.items() if column is not None
+        }
+        self._warp = replace(warp, **{"allowed": self.shared_ids, **kept})
+
+    def _keep_column(self, name: str, column: Tensor) -> Tensor:
+        """Copy a column of the warp, [B, ...], into its buffer, made at its first use; returns the view."""
+        if name not in self._buffers:
+            self._buffers[name] = self._zeros(*column.shape[1:], dtype=column.dtype)
+        return self._buffers[name][: self.width].copy_(column)
 
     def _allowed(self, window: int, forever: bool = False) -> Tensor:
         """int32 [B, W, ceil(V / 32)]: valid ids less the rows' bans (or those that never end) over the next window."""
@@ -203,20 +245,22 @@ class DecodeState:
                 last = window if ban.until is None else max(0, min(window, ban.until - len(row.tokens)))
                 allowed[i, :last, ids] = False
         packed = pack_allowed_tokens(allowed)
-        return packed if self.allowed is None else packed & self.allowed
+        return packed if self._host_allowed is None else packed & self._host_allowed
 
     @property
-    def shared_ids(self) -> Tensor | None:
-        """int32 [1, 1, ceil(V / 32)], valid ids where the logits are, or None where all are."""
-        return None if self.allowed is None else self.allowed.to(self.device)
+    def has_changing_bans(self) -> bool:
+        """Whether some row's bans end with its length."""
+        return any(ban.until is not None and ban.until > len(row.tokens) for row in self.rows for ban in row.law.bans)
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the coming cycle has to look at the rows' own state on the host while it runs."""
+        return self.has_processors or self.records_logits or self.has_changing_bans
 
     def warp(self, window: int) -> WarpParameters:
         """The rows' warp for a window of W positions."""
         assert self._warp is not None, "there are no rows"
-        changing = any(
-            ban.until is not None and ban.until > len(row.tokens) for row in self.rows for ban in row.law.bans
-        )
-        if not changing:
+        if not self.has_changing_bans:
             return self._warp
         return replace(self._warp, allowed=self._allowed(window).to(self.device))
 
@@ -248,21 +292,32 @@ class DecodeState:
                     processed[i, k] = row.law.process(prefix, logits[i, k])
         return processed
 
-    @staticmethod
-    def num_drafts(row: Row, count: int) -> int:
-        """Drafts of a row in a window of `count` of them: the last token of its budget is never one."""
-        return min(count, row.remaining - 1)
+    def num_drafts(self, count: int) -> Tensor:
+        """int64 [B], drafts of each row in a window of `count` of them: the last token of its budget is never one."""
+        return (self.remaining - 1).clamp(0, count)
 
     def noise(self) -> NoiseStream:
         """The noise of the cycle that starts now."""
         return NoiseStream(self.key, self.start, self.start if self.rule == "block" else None)
 
-    def commit(self, drafts: Tensor, num_accepted: Tensor, next_token: Tensor) -> None:
-        """Advance the device's side of every row by its accepted drafts and its next token."""
+    def commit(self, drafts: Tensor, num_accepted: Tensor, next_token: Tensor) -> Tensor:
+        """Advance the device's side of every row by its accepted drafts and its next token, in place.
+
+        Args:
+            drafts: int64 [B, G].
+            num_accepted, next_token: int64 [B].
+
+        Returns:
+            int64 [B], positions by which each row's caches advance; 0 for idle rows.
+        """
         if self.seen is not None:
             for i in range(drafts.shape[1]):
                 token = drafts[:, i : i + 1]
                 self.seen.scatter_(1, token, self.seen.gather(1, token) | (num_accepted > i)[:, None])
             self.seen.scatter_(1, next_token[:, None], True)
-        self.start = self.start + num_accepted + 1
-        self.pending = dict.fromkeys(self.roles, next_token)
+        advance = (num_accepted + 1) * (self.remaining > 0)
+        self.start += advance
+        self.remaining.sub_(advance).clamp_(min=0)
+        for pending in self.pending.values():
+            pending.copy_(next_token)
+        return advance

@@ -24,11 +24,10 @@ def draft_with_expert(state: DecodeState, runners: TrioRunners, noise: NoiseStre
     Returns:
         The draft, with the expert's logits at window positions 0 .. G - 1.
     """
-    batch = len(state)
     parameters = state.warp(count + 1)
-    drafts = torch.empty(batch, 0, dtype=torch.long, device=state.device)
+    drafts = torch.empty(state.width, 0, dtype=torch.long, device=state.device)
     # No row drafts past its own budget, so that its tokens do not depend on how long its neighbours go on.
-    num_drafts = torch.tensor([state.num_drafts(row, count) for row in state.rows], device=state.device)
+    num_drafts = state.num_drafts(count)
     if count == 0:
         return Draft(drafts, num_drafts, None, None)
     # The coupled rule reads the bonus token's noise from the same purpose: draw it along.

@@ -257,7 +257,8 @@ def test_whole_models(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad(), borrowed([model]):
             runner.prefill(0, prompts)
             first = runner.forward(tokens[0].to(DEVICE))
-            runner.cache.advance(torch.tensor([3, 1]), [3, 1])
+            runner.cache.advance(torch.tensor([3, 1]))
+            runner.cache.follow([3, 1])
             return torch.stack((first, runner.forward(tokens[1].to(DEVICE))))
 
     fused_logits = logits()

@@ -109,14 +109,16 @@ LOOP_MUTANTS = [
     Mutant(
         "rollback one too few",
         "specproxy.decode",
-        "runner.cache.advance(outcome.num_accepted + 1, [count + 1 for count in accepted_counts])",
-        "runner.cache.advance(outcome.num_accepted + 2, [count + 2 for count in accepted_counts])",
+        "runner.cache.follow([line[-3] + 1 for line in packed])",
+        "runner.cache.set_lengths(0, [length + line[-3] + 2"
+        " for length, line in zip(runner.cache.host_lengths, packed)])",
     ),
     Mutant(
         "rollback one too few after a refusal",
         "specproxy.decode",
-        "runner.cache.advance(outcome.num_accepted + 1, [count + 1 for count in accepted_counts])",
-        "runner.cache.advance(s := (outcome.num_accepted + 2).clamp(max=draft.count + 1), s.tolist())",
+        "runner.cache.follow([line[-3] + 1 for line in packed])",
+        "runner.cache.set_lengths(0, [length + min(line[-3] + 2, result.window.window)"
+        " for length, line in zip(runner.cache.host_lengths, packed)])",
     ),
     Mutant(
         "padded ids left open", "specproxy.vocab", "return SharedVocabulary(size)", "return SharedVocabulary(width)"
@@ -136,8 +138,8 @@ LOOP_MUTANTS = [
     Mutant(
         "noise of the wrong position",
         "specproxy.state",
-        "self.start = self.start + num_accepted + 1",
-        "self.start = self.start + num_accepted",
+        "self.start += advance",
+        "self.start += advance - 1",
     ),
     Mutant(
         "window ignores ragged lengths",
