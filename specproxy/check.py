@@ -22,7 +22,7 @@ from specproxy.state import ANTI_EXPERT, BASE, EXPERT
 from specproxy.theory import best_num_draft_tokens, speedup_over_base, speedup_over_per_step
 from specproxy.vocab import share_vocabulary
 
-__all__ = ["CheckReport", "SelfTest", "check_folders", "self_test"]
+__all__ = ["CheckReport", "SelfTest", "check_folders", "model_without_weights", "self_test"]
 
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _ACCEPTANCE_LEVELS = (0.6, 0.7, 0.8, 0.9)
@@ -123,11 +123,7 @@ def check_folders(base: str, expert: str, anti_expert: str, tokenizer: str | Non
     for role, name in ((BASE, base), (EXPERT, expert), (ANTI_EXPERT, anti_expert)):
         tokenizers[role] = find_tokenizer(tokenizer if role == BASE and tokenizer is not None else name)
         try:
-            config = AutoConfig.from_pretrained(name)
-            if getattr(config, "is_encoder_decoder", False):
-                raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder; use a decoder-only model.")
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
+            model = model_without_weights(name)
         except ValueError as error:  # also Transformers' own, for an architecture that it does not know
             report.problems.append(f"{role}: {str(error).splitlines()[0]}")
             continue
@@ -146,6 +142,24 @@ def check_folders(base: str, expert: str, anti_expert: str, tokenizer: str | Non
     if all(found is None for found in tokenizers.values()):
         report.notes.append("no tokenizer was found: ids below the smallest width are taken to be shared.")
     return report
+
+
+def model_without_weights(name: str) -> Any:
+    """The model that a configuration describes, on the meta device: its shapes, and no memory.
+
+    Args:
+        name: a folder or hub id.
+
+    Raises:
+        OSError: Transformers' own, for a configuration that cannot be read.
+        UnsupportedModelError: for an encoder-decoder.
+        ValueError: Transformers' own, for an architecture that it does not know.
+    """
+    config = AutoConfig.from_pretrained(name)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder; use a decoder-only model.")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _expect(report: CheckReport) -> None:

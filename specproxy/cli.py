@@ -17,6 +17,7 @@ from specproxy.commands.arguments import grouped
 from specproxy.commands.chat import chat
 from specproxy.commands.check import check
 from specproxy.commands.generate import generate
+from specproxy.commands.vllm_config import vllm_config
 from specproxy.errors import SpecProxyError
 from specproxy.version import __version__
 
@@ -25,7 +26,7 @@ __all__ = ["app", "main"]
 EXIT_ERROR = 2
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-for _command in (generate, chat, check):
+for _command in (generate, chat, check, vllm_config):
     app.command()(grouped(_command))
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specproxy.errors import ConfigurationError
 
-__all__ = ["example_prompts", "folders", "load", "tasks"]
+__all__ = ["alpha", "example_prompts", "folders", "load", "tasks"]
 
 _MODELS = Path(__file__).parent / "models"
 
@@ -26,6 +26,15 @@ def _description() -> dict[str, Any]:
 def tasks() -> list[str]:
     """Tasks that an embedded expert exists for."""
     return list(_description()["tasks"])
+
+
+def alpha(task: str) -> float:
+    """Strength that suits a task.
+
+    Raises:
+        ConfigurationError: where there is no such task.
+    """
+    return float(_task(task)["alpha"])
 
 
 def example_prompts(task: str) -> list[str]:
@@ -75,4 +84,4 @@ def load(task: str, *, device: str | torch.device | None = None, dtype: torch.dt
         role: AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32).to(device or "cpu")
         for role, name in names.items()
     }
-    return {**models, "tokenizer": tokenizer, "alpha": float(_task(task)["alpha"])}
+    return {**models, "tokenizer": tokenizer, "alpha": alpha(task)}

@@ -45,20 +45,27 @@ LAYERS = [
     {"specproxy.chat"},
     {"specproxy.model"},
     {"specproxy.integrations", "specproxy.check"},
-    {"specproxy.integrations.transformers"},
+    {"specproxy.integrations.transformers", "specproxy.integrations.vllm.composite"},
+    {"specproxy.integrations.vllm.roles"},
+    {"specproxy.integrations.vllm.model", "specproxy.integrations.vllm"},
     {"specproxy"},
     # The function that Transformers loads from its folder: outside the package's own imports.
     {"specproxy.integrations.hub.custom_generate.generate", "specproxy.commands"},
     {"specproxy.commands.arguments", "specproxy.commands.report"},
     {"specproxy.commands.loading"},
-    {"specproxy.commands.generate", "specproxy.commands.chat", "specproxy.commands.check"},
+    {
+        "specproxy.commands.generate",
+        "specproxy.commands.chat",
+        "specproxy.commands.check",
+        "specproxy.commands.vllm_config",
+    },
     {"specproxy.cli"},
     {"specproxy.__main__"},
 ]
 # What each package may import beside the standard library and itself.
 OUTSIDE = {
     "specproxy_kernels": {"torch", "triton"},
-    "specproxy": {"specproxy_kernels", "torch", "transformers", "numpy", "jinja2", "typer", "rich"},
+    "specproxy": {"specproxy_kernels", "torch", "transformers", "numpy", "jinja2", "typer", "rich", "vllm"},
 }
 PUBLIC = {
     "ConfigurationError",
