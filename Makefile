@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install test test-slow lint types format demo
+.PHONY: install test test-slow test-vllm lint types format demo
 
 install:
 	$(PYTHON) -m venv .venv
@@ -12,6 +12,13 @@ test:
 
 test-slow:
 	$(BIN)/pytest -m slow
+
+# vLLM's own environment; the options of pyproject.toml ask for plugins that it does not have.
+.venv-vllm:
+	PYTHON=$(PYTHON) scripts/vllm_environment.sh $@
+
+test-vllm: .venv-vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -o addopts= -o filterwarnings=default -ra tests/vllm_engine
 
 lint:
 	$(BIN)/ruff check .

@@ -119,11 +119,14 @@ def inspect_roles(names: Mapping[str, str], tokenizer: str | None = None) -> Rol
 
 def _inspect(role: str, name: str) -> Any:
     """One role's model on the meta device."""
+    folder = Path(name)
+    if folder.is_absolute() and not folder.is_dir():
+        raise ConfigurationError(f"{role}={name} cannot be read: there is no such folder. Name a folder or hub id.")
     try:
         model = model_without_weights(name)
     except OSError as error:
         raise ConfigurationError(
-            f"{role}={name} cannot be read: {str(error).splitlines()[0]} Name a folder or hub id of a model."
+            f"{role}={name} cannot be read: {str(error).splitlines()[0]} Name a folder or hub id."
         ) from error
     except ValueError as error:
         raise UnsupportedModelError(f"{role}={name}: {str(error).splitlines()[0]}") from error
@@ -138,7 +141,6 @@ def _inspect(role: str, name: str) -> Any:
         )
     if text is not model.config:
         raise UnsupportedModelError(f"{role}: {type(model).__name__} reads more than text; use a model of text alone.")
-    folder = Path(name)
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         raise ConfigurationError(f"{role}={name} holds no weights ({', '.join(_WEIGHTS)}); name a complete model.")
     return model

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig, replace
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.utils import maybe_prefix
+from vllm.platforms import current_platform
+from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
 
 from specproxy.integrations.vllm.composite import ROLES
 from specproxy.integrations.vllm.roles import composite_of, role_model_configs
@@ -23,6 +26,8 @@ from specproxy.state import ANTI_EXPERT, BASE, EXPERT
 from specproxy_kernels import LogitPair, combine_logits
 
 __all__ = ["ProxyTunedForCausalLM"]
+
+_logger = init_logger(__name__)
 
 
 class ProxyTunedForCausalLM(nn.Module):
@@ -38,6 +43,11 @@ class ProxyTunedForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self._allowed: Tensor | None
+        if vllm_config.speculative_config is not None and _loses_temperatures():
+            _logger.warning_once(
+                "This vLLM's CPU backend samples wrongly under speculation (vllm-project/vllm issue 55005): "
+                "serve greedy requests only, or leave --speculative-config out."
+            )
         self._load_config = vllm_config.load_config
         self._composite = composite_of(vllm_config.model_config)
         self._configs = role_model_configs(vllm_config.model_config)
@@ -116,3 +126,11 @@ class ProxyTunedForCausalLM(nn.Module):
         """
         for role in ROLES:
             get_model_loader(self._load_config).load_weights(self.models[role], self._configs[role])
+
+
+def _loses_temperatures() -> bool:
+    """Whether rejection sampling on this platform gets other temperatures than were asked for."""
+    if not current_platform.is_cpu():
+        return False
+    given, ends = torch.tensor([0.5, 0.25], device="cpu"), torch.tensor([2, 3], dtype=torch.int32, device="cpu")
+    return expand_batch_to_tokens(given, ends, 3).tolist() != [0.5, 0.5, 0.25]
