@@ -41,7 +41,7 @@ def accept(state: DecodeState, runners: TrioRunners, noise: NoiseStream, draft: 
         return Outcome(*verify_window(state.rule, base, pairs, draft.tokens, draft.num_drafts, *shared))
     base, pairs = _law_inputs(state, draft, window)
     acceptance = accept_window(state.rule, base, pairs, draft.tokens, draft.num_drafts, *shared)
-    if state.device.type != "cpu" or bool(acceptance.is_bonus.any()):
+    if window.num_scored < window.window and (state.device.type != "cpu" or bool(acceptance.is_bonus.any())):
         bonus_step(state, runners, draft, window)
         base, pairs = _law_inputs(state, draft, window)
     next_token, status = emit_next_token(state.rule, base, pairs, draft.tokens, acceptance, *shared)
@@ -52,7 +52,5 @@ def _law_inputs(state: DecodeState, draft: Draft, window: WindowLogits) -> tuple
     """Raw logits and pairs for the fused arithmetic, or dense processed logits where Python has had to see them."""
     if not (state.has_processors or state.records_logits):
         return window.base, window.pairs()
-    if window.num_scored == 0:
-        return window.base, window.pairs()  # a window without drafts: there is nothing to accept yet
     window.resolve(state, draft.tokens)
     return window.processed, []

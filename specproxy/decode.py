@@ -6,13 +6,14 @@ Rows are admitted and evicted between steps. Knows nothing of requests, text or 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from specproxy.accept import Outcome, accept
-from specproxy.draft import draft_with_expert
-from specproxy.policy import CycleReport, WindowPolicy
+from specproxy.draft import DRAFTERS
+from specproxy.policy import CycleReport, Plan, WindowPolicy
 from specproxy.state import DecodeState, Draft, Row
 from specproxy.stats import DRAFT, TARGET, SpeculationStats
 from specproxy.trio import TrioRunners
@@ -49,38 +50,38 @@ def step(state: DecodeState, runners: TrioRunners, policy: WindowPolicy, stats: 
     Returns:
         The rows that took part; those with a `finish_reason` are no longer in flight.
     """
-    count = _num_drafts(state, runners, policy)
-    expert_seconds = -runners.expert.timer.total
-    result = cycle(state, runners, count)
-    rows, tested, accepted = _settle(state, runners, result, stats)
+    began = perf_counter()
+    plan = _plan(state, runners, policy)
+    result = cycle(state, runners, plan)
+    rows, num_drafts, num_accepted = _settle(state, runners, result, stats)
 
-    expert_seconds += runners.expert.timer.total
-    window_seconds = sum(runner.timer.last for runner in runners if runner is not runners.expert)
-    steps = max(result.window.num_scored, 1)
-    policy.observe(CycleReport(count, tested, accepted, expert_seconds / steps, window_seconds))
+    identities = tuple(row.index for row in rows)
+    seconds = perf_counter() - began
+    policy.observe(CycleReport(plan, identities, num_drafts, num_accepted, runners.take_forwards(), seconds))
     return rows
 
 
-def cycle(state: DecodeState, runners: TrioRunners, count: int) -> Cycle:
+def cycle(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
     """Draft, verify, accept and commit on the device. What follows from it on the host is left to `_settle`.
 
     Where a row `needs_host` Python takes part; otherwise this reads nothing that changes between cycles but tensors.
 
     Args:
         state, runners: as in `step`.
-        count: G.
+        plan: who drafts, and how many tokens.
     """
     noise = state.noise()
-    draft = draft_with_expert(state, runners, noise, count)
+    draft = DRAFTERS[plan.drafter].propose(state, runners, noise, plan)
     window = score_window(state, runners, draft)
     outcome = accept(state, runners, noise, draft, window)
     return Cycle(_commit(state, runners, draft, outcome), window)
 
 
-def _num_drafts(state: DecodeState, runners: TrioRunners, policy: WindowPolicy) -> int:
+def _plan(state: DecodeState, runners: TrioRunners, policy: WindowPolicy) -> Plan:
     """The policy's choice, within every row's positions and the longest budget; no draft token enters it."""
     longest_budget = max(row.remaining for row in state.rows)
-    return max(0, min(policy.num_drafts(), longest_budget - 1, runners.room(len(state)) - 1))
+    most = max(0, min(longest_budget, runners.room(len(state))) - 1)
+    return policy.plan([row.index for row in state.rows], most)
 
 
 def _commit(state: DecodeState, runners: TrioRunners, draft: Draft, outcome: Outcome) -> Tensor:
@@ -95,17 +96,16 @@ def _commit(state: DecodeState, runners: TrioRunners, draft: Draft, outcome: Out
 
 def _settle(
     state: DecodeState, runners: TrioRunners, result: Cycle, stats: SpeculationStats
-) -> tuple[list[Row], int, int]:
+) -> tuple[list[Row], tuple[int, ...], tuple[int, ...]]:
     """The only place that changes the host's side: tokens, ends of rows, statistics, eviction.
 
     Returns:
-        The rows that took part, drafts verified up to each row's first refusal, drafts accepted; both summed.
+        The rows that took part, how many drafts each had, and how many were accepted.
     """
     packed = result.packed[: len(state)].tolist()  # the cycle's one synchronisation
     for runner in runners:
         runner.cache.follow([line[-3] + 1 for line in packed])
     rows = list(state.rows)
-    tested = accepted = 0
     for slot, (row, line) in enumerate(zip(rows, packed, strict=True)):
         *drafts, drafted, num_accepted, next_token, status = line
         tokens, sources = drafts[:num_accepted], [DRAFT] * num_accepted
@@ -119,10 +119,8 @@ def _settle(
             row.scores += list(result.window.scores[slot, :taken].float())
         stats.record(drafted, num_accepted, taken)
         stats.num_empty_residuals += bool(status & STATUS_EMPTY_RESIDUAL)
-        tested += min(num_accepted + 1, drafted)
-        accepted += num_accepted
     evict_finished(state, runners)
-    return rows, tested, accepted
+    return rows, tuple(line[-4] for line in packed), tuple(line[-3] for line in packed)
 
 
 def _reason(row: Row, window: WindowLogits, slot: int, position: int, status: int) -> str:

@@ -1,4 +1,4 @@
-"""How many tokens to draft in the next cycle. A pure function of what it is told, so that it can be replayed.
+"""Who drafts in the next cycle, and how many tokens. A pure function of what it is told, so that it can be replayed.
 
 It may look at laws, costs and past acceptance, never at a token it would then discard: that would bias `rejection` and
 `block`.
@@ -12,10 +12,26 @@ Source: Leviathan et al. 2023, arXiv 2211.17192, section 3.3, with the costs of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-__all__ = ["AdaptiveWindow", "CycleReport", "FixedWindow", "WindowPolicy"]
+from specproxy.costs import ForwardTime
+
+__all__ = ["AdaptiveWindow", "CycleReport", "FixedWindow", "Plan", "WindowPolicy"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the next cycle does.
+
+    Args:
+        num_drafts: G, drafts of a row at most; 0 is a per-step cycle.
+        drafter: who proposes them.
+    """
+
+    num_drafts: int
+    drafter: str = "expert"
 
 
 @dataclass(frozen=True)
@@ -23,24 +39,27 @@ class CycleReport:
     """What a cycle cost and gave.
 
     Args:
-        num_drafts: G of the cycle.
-        drafted, accepted: drafts verified up to the first refusal, and drafts accepted, summed over rows.
-        expert_seconds: mean time of one expert step; 0.0 where none ran.
-        window_seconds: time of base and anti-expert over the window.
+        plan: as it was made.
+        rows: the rows that took part, by their `index`.
+        num_drafts: drafts of each that were verified.
+        num_accepted: leading drafts of each that survived.
+        forwards: time of every forward; none where they are not timed one by one.
+        seconds: of the whole cycle.
     """
 
-    num_drafts: int
-    drafted: int
-    accepted: int
-    expert_seconds: float
-    window_seconds: float
+    plan: Plan
+    rows: tuple[int, ...]
+    num_drafts: tuple[int, ...]
+    num_accepted: tuple[int, ...]
+    forwards: tuple[ForwardTime, ...]
+    seconds: float
 
 
 class WindowPolicy(Protocol):
-    """Chooses G before a cycle and hears of it afterwards."""
+    """Makes a plan before a cycle and hears of it afterwards."""
 
-    def num_drafts(self) -> int:
-        """Drafts for the next cycle."""
+    def plan(self, rows: Sequence[int], most: int) -> Plan:
+        """The next cycle of the rows in flight, by their `index`, with at most `most` drafts."""
         ...
 
     def observe(self, report: CycleReport) -> None:
@@ -53,14 +72,15 @@ class FixedWindow:
 
     Args:
         count: drafts per cycle; 0 is per-step decoding.
+        drafter: who proposes them.
     """
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    def __init__(self, count: int, drafter: str = "expert") -> None:
+        self._plan = Plan(count, drafter)
 
-    def num_drafts(self) -> int:
-        """The fixed number."""
-        return self._count
+    def plan(self, rows: Sequence[int], most: int) -> Plan:
+        """The fixed number, as far as there is room."""
+        return replace(self._plan, num_drafts=min(self._plan.num_drafts, most))
 
     def observe(self, report: CycleReport) -> None:
         """Nothing to learn."""
@@ -93,8 +113,11 @@ class AdaptiveWindow:
         drafts = self._drafted + self._PRIOR_DRAFTS
         return min((self._accepted + self._PRIOR_DRAFTS * self._PRIOR_ACCEPTANCE) / drafts, 0.999)
 
-    def num_drafts(self) -> int:
+    def plan(self, rows: Sequence[int], most: int) -> Plan:
         """The number of drafts with the most expected tokens a second."""
+        return Plan(min(self._num_drafts(), most))
+
+    def _num_drafts(self) -> int:
         if self._expert_seconds is None or not self._window_seconds:
             return self._first
         best = max(range(self._most + 1), key=self.rate)
@@ -118,13 +141,17 @@ class AdaptiveWindow:
 
     def observe(self, report: CycleReport) -> None:
         """Fold a cycle's acceptance and costs into the running figures."""
-        self._idle = 0 if report.num_drafts else self._idle + 1
-        if report.num_drafts:
-            self._drafted = self._drafted * self._DECAY + report.drafted
-            self._accepted = self._accepted * self._DECAY + report.accepted
-        window = report.num_drafts + 1
-        before = self._window_seconds.get(window, report.window_seconds)
-        self._window_seconds[window] = before + (1 - self._COST_DECAY) * (report.window_seconds - before)
-        if report.expert_seconds > 0:
-            expert = report.expert_seconds if self._expert_seconds is None else self._expert_seconds
-            self._expert_seconds = expert + (1 - self._COST_DECAY) * (report.expert_seconds - expert)
+        drafts = report.plan.num_drafts
+        self._idle = 0 if drafts else self._idle + 1
+        if drafts:
+            pairs = zip(report.num_accepted, report.num_drafts, strict=True)
+            self._drafted = self._drafted * self._DECAY + sum(min(kept + 1, count) for kept, count in pairs)
+            self._accepted = self._accepted * self._DECAY + sum(report.num_accepted)
+        steps = [forward.seconds for forward in report.forwards if forward.role == "expert"]
+        window_seconds = sum(forward.seconds for forward in report.forwards if forward.role != "expert")
+        before = self._window_seconds.get(drafts + 1, window_seconds)
+        self._window_seconds[drafts + 1] = before + (1 - self._COST_DECAY) * (window_seconds - before)
+        if steps:
+            mean = sum(steps) / len(steps)
+            expert = mean if self._expert_seconds is None else self._expert_seconds
+            self._expert_seconds = expert + (1 - self._COST_DECAY) * (mean - expert)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from specproxy.attention import WINDOW_KEYWORD
 from specproxy.cache import RaggedCache
+from specproxy.costs import ForwardTime
 from specproxy.errors import UnsupportedModelError
 
 __all__ = ["ForwardTimer", "Runner", "check_supported", "logits_width", "position_limit"]
@@ -75,11 +76,26 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 class ForwardTimer:
-    """Seconds spent in forwards: in all, and of the last one."""
+    """Seconds spent in a model's forwards: in all, and each by itself. On an asynchronous device these are launches.
 
-    def __init__(self) -> None:
+    Args:
+        role: the model's.
+    """
+
+    def __init__(self, role: str) -> None:
+        self.role = role
         self.total = 0.0
-        self.last = 0.0
+        self._forwards: list[ForwardTime] = []
+
+    def record(self, rows: int, width: int, seconds: float) -> None:
+        """Take a forward over a window [rows, width] into account."""
+        self.total += seconds
+        self._forwards.append(ForwardTime(self.role, rows, width, seconds))
+
+    def take(self) -> list[ForwardTime]:
+        """The forwards since the last call; prefills are not among them."""
+        forwards, self._forwards = self._forwards, []
+        return forwards
 
 
 class Runner:
@@ -97,7 +113,7 @@ class Runner:
         self.role = role
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.cache = RaggedCache(max_rows, self.device)
-        self.timer = ForwardTimer()
+        self.timer = ForwardTimer(role)
         self.max_positions = position_limit(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._checked = False
@@ -114,8 +130,7 @@ class Runner:
         """
         start = perf_counter()
         logits = self._run(tokens, first=0, offset=offset)
-        self.timer.last = perf_counter() - start
-        self.timer.total += self.timer.last
+        self.timer.record(tokens.shape[0], tokens.shape[1], perf_counter() - start)
         return logits
 
     def prefill(self, first: int, prompts: list[list[int]]) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from specproxy.attention import borrowed
 from specproxy.config import check_alpha
+from specproxy.costs import ForwardTime
 from specproxy.runner import Runner, check_supported, logits_width, position_limit
 from specproxy.state import ANTI_EXPERT, BASE, EXPERT
 from specproxy.vocab import share_vocabulary
@@ -47,6 +48,10 @@ class TrioRunners:
 
     def __iter__(self) -> Iterator[Runner]:
         return iter(self.by_role.values())
+
+    def take_forwards(self) -> tuple[ForwardTime, ...]:
+        """What the forwards since the last call took."""
+        return tuple(forward for runner in self for forward in runner.timer.take())
 
     def room(self, count: int) -> int:
         """Positions that every active row of every role may still take, after its committed ones."""

@@ -1,7 +1,8 @@
 """Scoring a window: one forward of the base and one of every further model over all W positions.
 
-The anti-expert never steps: it proposes nothing. The drafting expert's logits come from drafting; its step at the bonus
-position is run by `bonus_step`, only where some row reaches that position.
+The anti-expert never steps: it proposes nothing. Where the expert has drafted, its logits come from drafting, and its
+step at the bonus position is run by `bonus_step`, only where some row reaches that position; where others have drafted,
+the expert too runs once over the whole window.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["WindowLogits", "bonus_step", "score_window"]
 
 @dataclass
 class WindowLogits:
-    """Raw logits of a window, per role [B, W, .]; the drafting expert's reach as far as it has stepped, G or W.
+    """Raw logits of a window, per role [B, W, .]; a drafting expert's reach as far as it has stepped, G or W.
 
     `combined`, `processed` and `scores`, [B, <= W, V], are filled by `resolve` where Python needs to see them.
     """
@@ -42,14 +43,13 @@ class WindowLogits:
     @property
     def num_scored(self) -> int:
         """Positions at which every model's logits are there."""
-        return self.by_role[EXPERT].shape[1] if EXPERT in self.by_role else 0
+        return self.by_role[EXPERT].shape[1]
 
     def pairs(self) -> list[LogitPair]:
-        """The pairs of the logit arithmetic, as far as the drafting expert's logits reach."""
-        not_yet = self.base[:, :0]
+        """The pairs of the logit arithmetic, as far as the expert's logits reach."""
         return [
             LogitPair(
-                self.by_role.get(pair.expert, not_yet),
+                self.by_role[pair.expert],
                 self.by_role[pair.anti_expert],
                 self.alpha[:, i : i + 1].expand(-1, self.window),
             )
@@ -83,7 +83,7 @@ class WindowLogits:
 
 
 def score_window(state: DecodeState, runners: TrioRunners, draft: Draft) -> WindowLogits:
-    """Logits of every model but the drafting expert over the pending token and the drafts.
+    """Logits of every model over the pending token and the drafts; an expert that has drafted has its own already.
 
     Args:
         state: the rows in flight.
@@ -92,15 +92,15 @@ def score_window(state: DecodeState, runners: TrioRunners, draft: Draft) -> Wind
     """
     by_role = {} if draft.expert_logits is None else {EXPERT: draft.expert_logits}
     for role, runner in runners.by_role.items():
-        if role != EXPERT:
+        if role not in by_role:
             window = torch.cat([state.pending[role][:, None], draft.tokens], dim=1)  # [B, W]
             by_role[role] = runner.forward(window).to(state.device)
     return WindowLogits(by_role, runners.pairs, state.alpha, draft.count + 1)
 
 
 def bonus_step(state: DecodeState, runners: TrioRunners, draft: Draft, window: WindowLogits) -> None:
-    """Run the drafting expert at the bonus position and complete `window` with its logits."""
-    token = draft.tokens[:, -1:] if draft.count else state.pending[EXPERT][:, None]
-    logits = runners.expert.forward(token, offset=draft.count).to(state.device)
-    drafted = window.by_role.get(EXPERT)
-    window.by_role[EXPERT] = logits if drafted is None else torch.cat([drafted, logits], dim=1)
+    """Complete `window` with the expert's logits at the bonus position, where it has stepped up to there."""
+    if window.num_scored == window.window:
+        return
+    logits = runners.expert.forward(draft.tokens[:, -1:], offset=draft.count).to(state.device)
+    window.by_role[EXPERT] = torch.cat([window.by_role[EXPERT], logits], dim=1)

@@ -5,25 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specproxy.policy import Plan
 from specproxy.state import EXPERT, DecodeState, Draft
 from specproxy.trio import TrioRunners
 from specproxy_kernels import DraftLaw, NoiseStream, combine_logits, sample_drafts
 
-__all__ = ["draft_with_expert"]
+__all__ = ["ExpertDrafter"]
 
 
-def draft_with_expert(state: DecodeState, runners: TrioRunners, noise: NoiseStream, count: int) -> Draft:
-    """Draw `count` tokens per row from the expert's warped law.
+class ExpertDrafter:
+    """Draws from the expert's warped law, and leaves its logits at window positions 0 .. G - 1."""
 
-    Args:
-        state: the rows in flight.
-        runners: of the trio; the expert's cache is written, its lengths stay.
-        noise: of this cycle.
-        count: G.
+    name = "expert"
 
-    Returns:
-        The draft, with the expert's logits at window positions 0 .. G - 1.
-    """
+    def propose(self, state: DecodeState, runners: TrioRunners, noise: NoiseStream, plan: Plan) -> Draft:
+        """Draw `plan.num_drafts` tokens per row; see `Drafter`."""
+        return _draw(state, runners, noise, plan.num_drafts)
+
+
+def _draw(state: DecodeState, runners: TrioRunners, noise: NoiseStream, count: int) -> Draft:
     parameters = state.warp(count + 1)
     drafts = torch.empty(state.width, 0, dtype=torch.long, device=state.device)
     # No row drafts past its own budget, so that its tokens do not depend on how long its neighbours go on.
