@@ -6,6 +6,7 @@
 
 from specproxy.errors import (
     ConfigurationError,
+    GraphCaptureError,
     LogitsError,
     PromptError,
     SpecProxyError,
@@ -20,6 +21,7 @@ from specproxy.version import __version__
 
 __all__ = [
     "ConfigurationError",
+    "GraphCaptureError",
     "LogitsError",
     "PromptError",
     "ProxyTunedModel",

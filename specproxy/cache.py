@@ -145,13 +145,19 @@ class RaggedCache(Cache):
             for layer in self.layers:
                 layer.grow(self.capacity)
 
-    def begin(self, first: int, count: int, size: int, offset: int = 0) -> Window:
-        """Place the next forward: `size` tokens a row for rows first .. first + count, `offset` past their lengths."""
+    def begin(self, first: int, count: int, size: int, offset: int | Tensor = 0) -> Window:
+        """Place the next forward: `size` tokens a row for rows first .. first + count, `offset` past their lengths.
+
+        Where the offset is a tensor, which the host does not read, the caller has reserved what is needed.
+        """
         rows = slice(first, first + count)
-        host_lengths = [length + offset for length in self.host_lengths[rows]]
-        lengths = self.lengths[rows] + offset if offset else self.lengths[rows]
-        window = Window(first, count, size, lengths, host_lengths)
-        self.reserve(window.longest + size)
+        if isinstance(offset, Tensor):
+            window = Window(first, count, size, self.lengths[rows] + offset, self.host_lengths[rows])
+        else:
+            host_lengths = [length + offset for length in self.host_lengths[rows]]
+            lengths = self.lengths[rows] + offset if offset else self.lengths[rows]
+            window = Window(first, count, size, lengths, host_lengths)
+            self.reserve(window.longest + size)
         self.window = window
         return window
 

@@ -101,6 +101,8 @@ class SpeculationParameters:
     Args:
         num_draft_tokens: drafts per cycle; 0 is exact per-step decoding, "auto" follows acceptance and measured cost.
         acceptance: "rejection", "block" or "coupled"; greedy rows use equality under each of them.
+        cuda_graphs: capture the device's work and replay it; None does so where every model is on one CUDA device.
+            Caches and captures are then kept for the next call, and freed by a call without.
 
     Raises:
         ConfigurationError: for a value outside its range.
@@ -108,8 +110,11 @@ class SpeculationParameters:
 
     num_draft_tokens: int | Literal["auto"] = 4
     acceptance: str = "rejection"
+    cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
+            raise ConfigurationError(f"cuda_graphs={self.cuda_graphs!r} must be True, False or None.")
         if self.num_draft_tokens != "auto":
             remedy = 'use 0 for per-step decoding, a positive number, or "auto"'
             count = check_integer("num_draft_tokens", self.num_draft_tokens, 0, remedy)

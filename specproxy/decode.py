@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specproxy.accept import Outcome, accept
 from specproxy.draft import DRAFTERS
+from specproxy.graphs import bucket
 from specproxy.policy import CycleReport, Plan, WindowPolicy
 from specproxy.state import DecodeState, Draft, Row
 from specproxy.stats import DRAFT, TARGET, SpeculationStats
@@ -22,6 +23,7 @@ from specproxy_kernels import STATUS_EMPTY_RESIDUAL, STATUS_EMPTY_SUPPORT, STATU
 
 __all__ = ["Cycle", "admit", "cycle", "evict_finished", "step"]
 
+_ON_DEVICE = ("expert",)  # drafters that never look at the rows on the host
 _ERRORS = STATUS_NON_FINITE | STATUS_EMPTY_SUPPORT
 
 
@@ -50,13 +52,13 @@ def step(state: DecodeState, runners: TrioRunners, policy: WindowPolicy, stats: 
     Returns:
         The rows that took part; those with a `finish_reason` are no longer in flight.
     """
-    began = perf_counter()
+    began = perf_counter() - runners.capture_seconds
     plan = _plan(state, runners, policy)
-    result = cycle(state, runners, plan)
+    result = _run(state, runners, plan)
     rows, num_drafts, num_accepted = _settle(state, runners, result, stats)
 
     identities = tuple(row.index for row in rows)
-    seconds = perf_counter() - began
+    seconds = perf_counter() - runners.capture_seconds - began
     policy.observe(CycleReport(plan, identities, num_drafts, num_accepted, runners.take_forwards(), seconds))
     return rows
 
@@ -79,9 +81,27 @@ def cycle(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
 
 def _plan(state: DecodeState, runners: TrioRunners, policy: WindowPolicy) -> Plan:
     """The policy's choice, within every row's positions and the longest budget; no draft token enters it."""
-    longest_budget = max(row.remaining for row in state.rows)
-    most = max(0, min(longest_budget, runners.room(len(state))) - 1)
-    return policy.plan([row.index for row in state.rows], most)
+    most = runners.room(len(state))
+    if runners.graphs is None:
+        # With them, a capture for the last window of a text would cost more than drafts of which no row makes use.
+        most = min(most, max(row.remaining for row in state.rows))
+    return policy.plan([row.index for row in state.rows], max(0, most - 1))
+
+
+def _run(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
+    """`cycle`, by replay of a capture where nothing needs the host."""
+    if runners.graphs is None or state.needs_host or plan.drafter not in _ON_DEVICE:
+        state.widen(len(state))
+        return cycle(state, runners, plan)
+    state.widen(bucket(len(state), state.max_rows))
+    runners.reserve_window(len(state), plan.num_drafts + 1)
+    return runners.graphs.run(
+        key=("cycle", plan, state.width, state.rule, *state.warp_features),
+        generation=(runners.generation, state.start.data_ptr()),
+        run=lambda: cycle(state, runners, plan),
+        changed=[*state.changing, *runners.lengths],
+        title=f"cycle ({state.width} rows, {plan.num_drafts} drafts)",
+    )
 
 
 def _commit(state: DecodeState, runners: TrioRunners, draft: Draft, outcome: Outcome) -> Tensor:
@@ -102,7 +122,7 @@ def _settle(
     Returns:
         The rows that took part, how many drafts each had, and how many were accepted.
     """
-    packed = result.packed[: len(state)].tolist()  # the cycle's one synchronisation
+    packed = runners.read(result.packed[: len(state)])
     for runner in runners:
         runner.cache.follow([line[-3] + 1 for line in packed])
     rows = list(state.rows)

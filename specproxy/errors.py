@@ -5,7 +5,8 @@
     ├── PromptError            (ValueError)    a prompt or its mask
     ├── VocabularyError        (ValueError)    tokenizers or vocabularies that do not fit together
     ├── UnsupportedModelError  (ValueError)    an architecture that cannot run here
-    └── LogitsError            (RuntimeError)  a model returned logits that no token can be drawn from
+    ├── LogitsError            (RuntimeError)  a model returned logits that no token can be drawn from
+    └── GraphCaptureError      (RuntimeError)  a model's work cannot be captured as a CUDA graph
 
 A message names the argument, the value received and the remedy.
 """
@@ -16,6 +17,7 @@ from typing import Any
 
 __all__ = [
     "ConfigurationError",
+    "GraphCaptureError",
     "LogitsError",
     "PromptError",
     "SpecProxyError",
@@ -42,6 +44,10 @@ class VocabularyError(SpecProxyError, ValueError):
 
 class UnsupportedModelError(SpecProxyError, ValueError):
     """A model's architecture cannot run under ragged windows with rollback."""
+
+
+class GraphCaptureError(SpecProxyError, RuntimeError):
+    """A model synchronises with the host, or does what else a CUDA graph cannot hold."""
 
 
 class LogitsError(SpecProxyError, RuntimeError):

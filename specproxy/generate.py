@@ -147,16 +147,17 @@ def _decode(
     longest = max(len(prompt) for row in rows for prompt in row.prompts.values())
     # A long budget is rarely used up: its buffers grow as it goes.
     capacity = longest + min(rows[0].max_new_tokens, 1024) + (count if isinstance(count, int) else 8) + 1
-    state = DecodeState(
-        len(rows),
-        trio.device,
-        trio.vocabulary.size,
-        trio.vocabulary.allowed,
-        speculation.acceptance,
-        tuple(trio.models),
-        records_logits,
-    )
-    with torch.inference_mode(), trio.runners(len(rows), capacity) as runners:
+    with torch.inference_mode(), trio.runners(len(rows), capacity, speculation.cuda_graphs) as runners:
+        state = DecodeState(
+            runners.max_rows,
+            trio.device,
+            trio.vocabulary.size,
+            trio.vocabulary.allowed,
+            speculation.acceptance,
+            tuple(trio.models),
+            records_logits,
+            runners.state_buffers,
+        )
         admit(state, runners, rows)
         while len(state):
             step(state, runners, policy, stats)

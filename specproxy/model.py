@@ -266,6 +266,7 @@ class ProxyTunedModel:
         repetition_penalty: float | None = None,
         num_draft_tokens: int | Literal["auto"] = 4,
         acceptance: str = "rejection",
+        cuda_graphs: bool | None = None,
         seed: int | Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
         alpha: float | Sequence[float] | Tensor | None = None,
@@ -293,6 +294,9 @@ class ProxyTunedModel:
             num_draft_tokens: drafts per cycle; 0 is exact per-step decoding, "auto" follows acceptance and measured
                 cost.
             acceptance: "rejection", "block" or "coupled" (the tokens of per-step decoding with the same seed).
+            cuda_graphs: replay captured cycles instead of launching every kernel: the same tokens, sooner. None does so
+                where all models are on one CUDA device; caches and captures are then kept for the next call, and freed
+                by one with False.
             seed: an int for the call, or one per row; then a row's tokens depend on its own seed alone.
             generator: where the rows' keys come from without a seed; torch's global generator by default.
             alpha: overrides the first pair's strength, for the call or per row; [B, pairs] overrides all.
@@ -317,6 +321,7 @@ class ProxyTunedModel:
             ConfigurationError: an argument's value, or an unknown or unsupported keyword.
             PromptError: a prompt or mask.
             LogitsError: a model returned logits that no token can be drawn from; other rows are in its `partial`.
+            GraphCaptureError: a model cannot be captured.
         """
         given = {
             "max_new_tokens": max_new_tokens,
@@ -329,7 +334,7 @@ class ProxyTunedModel:
             "return_dict_in_generate": return_dict_in_generate,
             **transformers_arguments,
         }
-        options = parse_options(given, generation_config, num_draft_tokens, acceptance, self.tokenizer)
+        options = parse_options(given, generation_config, num_draft_tokens, acceptance, self.tokenizer, cuda_graphs)
         output = generate(
             self._trio,
             input_ids,

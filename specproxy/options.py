@@ -129,13 +129,14 @@ def parse_options(
     num_draft_tokens: Any,
     acceptance: str,
     default_tokenizer: Any,
+    cuda_graphs: bool | None = None,
 ) -> GenerationOptions:
     """Check the arguments of a call.
 
     Args:
         given: keyword arguments under Transformers' names; None counts as not given.
         generation_config: supplies what was not given.
-        num_draft_tokens, acceptance: speculation, as in `SpeculationParameters`.
+        num_draft_tokens, acceptance, cuda_graphs: speculation, as in `SpeculationParameters`.
         default_tokenizer: for stop strings, where the call gives none.
 
     Raises:
@@ -192,7 +193,7 @@ def parse_options(
     )
     return GenerationOptions(
         law=law,
-        speculation=SpeculationParameters(num_draft_tokens, acceptance),
+        speculation=SpeculationParameters(num_draft_tokens, acceptance, cuda_graphs),
         max_new_tokens=most,
         max_length=values.get("max_length"),
         min_new_tokens=values.get("min_new_tokens"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -12,10 +11,11 @@ from transformers import PreTrainedModel
 
 from specproxy.attention import WINDOW_KEYWORD
 from specproxy.cache import RaggedCache
-from specproxy.costs import ForwardTime
 from specproxy.errors import UnsupportedModelError
+from specproxy.graphs import Graphs, bucket
+from specproxy.timing import ForwardTimer
 
-__all__ = ["ForwardTimer", "Runner", "check_supported", "logits_width", "position_limit"]
+__all__ = ["Runner", "check_supported", "logits_width", "position_limit"]
 
 _ROLLBACK_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _MAX_PREFILL_TOKENS = 2048  # per forward and row: bounds the attention bias of long ragged prompts
@@ -75,29 +75,6 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return int(limit) if limit else None
 
 
-class ForwardTimer:
-    """Seconds spent in a model's forwards: in all, and each by itself. On an asynchronous device these are launches.
-
-    Args:
-        role: the model's.
-    """
-
-    def __init__(self, role: str) -> None:
-        self.role = role
-        self.total = 0.0
-        self._forwards: list[ForwardTime] = []
-
-    def record(self, rows: int, width: int, seconds: float) -> None:
-        """Take a forward over a window [rows, width] into account."""
-        self.total += seconds
-        self._forwards.append(ForwardTime(self.role, rows, width, seconds))
-
-    def take(self) -> list[ForwardTime]:
-        """The forwards since the last call; prefills are not among them."""
-        forwards, self._forwards = self._forwards, []
-        return forwards
-
-
 class Runner:
     """A model and its ragged cache.
 
@@ -106,14 +83,18 @@ class Runner:
             whenever a method here is called.
         role: "base", "expert" or "anti_expert"; for messages.
         max_rows: rows of the cache.
+        graphs: where given, forwards of windows are captured and replayed.
     """
 
-    def __init__(self, model: PreTrainedModel, role: str, max_rows: int) -> None:
+    def __init__(self, model: PreTrainedModel, role: str, max_rows: int, graphs: Graphs | None = None) -> None:
         self.model = model
         self.role = role
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.cache = RaggedCache(max_rows, self.device)
-        self.timer = ForwardTimer(role)
+        self.graphs = graphs
+        self.timer = ForwardTimer(role, self.device)
+        if graphs is not None:
+            graphs.timers.append(self.timer)
         self.max_positions = position_limit(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._checked = False
@@ -128,10 +109,26 @@ class Runner:
         Returns:
             [n, T, V] in the model's dtype. The lengths are not changed: `advance` the cache to keep positions.
         """
-        start = perf_counter()
+        return self._forward(tokens, offset) if self.graphs is None else self._replay(tokens, offset)
+
+    def _forward(self, tokens: Tensor, offset: int | Tensor) -> Tensor:
+        start = self.timer.begin()
         logits = self._run(tokens, first=0, offset=offset)
-        self.timer.record(tokens.shape[0], tokens.shape[1], perf_counter() - start)
+        self.timer.end(start, tuple(tokens.shape))
         return logits
+
+    def _replay(self, tokens: Tensor, offset: int) -> Tensor:
+        """`_forward` by the capture for a bucket of rows; those behind the given ones are idle."""
+        assert self.graphs is not None
+        count, size = tokens.shape
+        self.cache.reserve(max(self.cache.host_lengths[:count]) + offset + size)
+        width = bucket(count, self.cache.max_rows)
+        inputs = (
+            torch.nn.functional.pad(tokens.to(self.device), (0, 0, 0, width - count)),
+            torch.full((), offset, dtype=torch.long, device=self.device),
+        )
+        key, title = ("forward", self.role, width, size), f"{self.role} ({width} x {size} tokens)"
+        return self.graphs.run(key, self.cache.capacity, self._forward, inputs, title=title)[:count].clone()
 
     def prefill(self, first: int, prompts: list[list[int]]) -> None:
         """Fill rows from `first` on with prompts (right-padded together); their lengths become those of the prompts.
@@ -153,16 +150,16 @@ class Runner:
         Returns:
             The model's logits [n, T, V]; of the last position alone, [n, 1, V], where it can leave out the others.
         """
-        start = perf_counter()
+        start = self.timer.begin()
         size = max(map(len, pieces))
         tokens = torch.tensor([piece + [0] * (size - len(piece)) for piece in pieces], dtype=torch.long)
         lengths = self.cache.host_lengths[first : first + len(pieces)]
         logits = self._run(tokens.to(self.device), first=first, offset=0, logits_to_keep=0 if all_logits else 1)
         self.cache.set_lengths(first, [length + len(piece) for length, piece in zip(lengths, pieces, strict=True)])
-        self.timer.total += perf_counter() - start
+        self.timer.end(start)
         return logits
 
-    def _run(self, tokens: Tensor, *, first: int, offset: int, logits_to_keep: int = 0) -> Tensor:
+    def _run(self, tokens: Tensor, *, first: int, offset: int | Tensor, logits_to_keep: int = 0) -> Tensor:
         window = self.cache.begin(first, tokens.shape[0], tokens.shape[1], offset)
         keywords: dict[str, Any] = {WINDOW_KEYWORD: window}
         if logits_to_keep and self._keeps_logits:

@@ -10,7 +10,7 @@ Rows are kept dense: row i of every tensor, and of every cache, is `rows[i]`. Th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -129,6 +129,7 @@ class DecodeState:
         rule: acceptance rule.
         roles: whose inputs are kept: the base's and those of every pair.
         records_logits: whether rows keep the logits and scores of their tokens.
+        buffers: memory of an earlier state with the same `max_rows`, device, vocabulary and roles, to go on with.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class DecodeState:
         rule: str,
         roles: Sequence[str],
         records_logits: bool = False,
+        buffers: dict[str, Tensor] | None = None,
     ) -> None:
         self.max_rows = max_rows
         self.device = device
@@ -151,16 +153,27 @@ class DecodeState:
         self.rows: list[Row] = []
         self.shared_ids = None if allowed is None else allowed.to(device)  # int32 [1, 1, ceil(V / 32)], None: all
         self._host_allowed = None if allowed is None else allowed.cpu()
-        self._buffers: dict[str, Tensor] = {name: self._zeros() for name in (*self.roles, "start", "key", "remaining")}
-        self._buffers["alpha"] = self._zeros((len(self.roles) - 1) // 2, dtype=torch.float64)
+        self._buffers = {} if buffers is None else buffers
+        self._uses_seen = False
+        for name in (*self.roles, "start", "key", "remaining"):
+            self._buffer(name).zero_()
+        self._buffer("alpha", (len(self.roles) - 1) // 2, dtype=torch.float64).zero_()
         self._warp: WarpParameters | None = None
         self._look(0)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _zeros(self, *size: int, dtype: torch.dtype = torch.long) -> Tensor:
-        return torch.zeros(self.max_rows, *size, dtype=dtype, device=self.device)
+    def _buffer(self, name: str, *size: int, dtype: torch.dtype = torch.long) -> Tensor:
+        if name not in self._buffers:
+            self._buffers[name] = torch.zeros(self.max_rows, *size, dtype=dtype, device=self.device)
+        return self._buffers[name]
+
+    @property
+    def changing(self) -> list[Tensor]:
+        """Every buffer that a commit changes."""
+        names = (*self.roles, "start", "remaining", *(["seen"] if self._uses_seen else []))
+        return [self._buffers[name] for name in names]
 
     def _look(self, width: int) -> None:
         """Point the views at the first `width` rows."""
@@ -171,7 +184,7 @@ class DecodeState:
         self.key = buffers["key"][:width]  # [B]
         self.alpha = buffers["alpha"][:width]  # [B, pairs]
         self.remaining = buffers["remaining"][:width]  # [B], tokens left in each row's budget
-        self.seen = buffers["seen"][:width] if "seen" in buffers else None  # bool [B, V]
+        self.seen = buffers["seen"][:width] if self._uses_seen else None  # bool [B, V]
 
     def _write(self, name: str, first: int, values: Sequence[Any]) -> None:
         buffer = self._buffers[name]
@@ -188,11 +201,12 @@ class DecodeState:
         self._write("remaining", first, [row.remaining for row in rows])
         self._write("alpha", first, [row.alphas for row in rows])
         self.rows += rows
-        if "seen" not in self._buffers and needs_seen_tokens([row.law.sampling for row in rows]):
-            self._buffers["seen"] = self._zeros(self.vocab_size, dtype=torch.bool)
+        if not self._uses_seen and needs_seen_tokens([row.law.sampling for row in rows]):
+            self._uses_seen = True
             first = 0
-        if "seen" in self._buffers:
-            self._buffers["seen"][first : len(self.rows)] = self._seen(self.rows[first:])
+        if self._uses_seen:
+            seen = self._buffer("seen", self.vocab_size, dtype=torch.bool)
+            seen[first : len(self.rows)] = self._seen(self.rows[first:])
         self._rebuild()
 
     def keep(self, slots: list[int]) -> None:
@@ -200,9 +214,9 @@ class DecodeState:
         count, before = len(slots), len(self.rows)
         self.rows = [self.rows[slot] for slot in slots]
         index = torch.tensor(slots, dtype=torch.long).to(self.device)
-        for name in (*self.roles, "start", "key", "remaining", "alpha", "seen"):
-            if name in self._buffers:
-                self._buffers[name][:count] = self._buffers[name][index]
+        moving = (*self.roles, "start", "key", "remaining", "alpha", *(["seen"] if self._uses_seen else []))
+        for name in moving:
+            self._buffers[name][:count] = self._buffers[name][index]
         self._buffers["remaining"][count:before] = 0
         self._rebuild()
 
@@ -212,17 +226,23 @@ class DecodeState:
             seen[i, [t for t in row.prompts[BASE] + row.tokens if t < self.vocab_size]] = True
         return seen.to(self.device)
 
-    def _rebuild(self) -> None:
+    def widen(self, width: int) -> None:
+        """Let the views reach over `width` rows, the last of them idle; a change of rows takes this back."""
+        if width != self.width:
+            self._rebuild(width)
+
+    def _rebuild(self, width: int | None = None) -> None:
         """Follow a change of rows: views, and the warp."""
-        self._look(len(self.rows))
+        self._look(len(self.rows) if width is None else width)
         self.has_processors = any(row.law.processors for row in self.rows)
         if not self.rows:
             self._warp = None
             return
-        sampling = [row.law.sampling for row in self.rows]
-        warp = build_warp(sampling, self.seen, None, self.device)
+        # Idle rows take after the first one, so that they ask for nothing that no row in flight needs.
+        rows = self.rows + [self.rows[0]] * (self.width - len(self.rows))
+        warp = build_warp([row.law.sampling for row in rows], self.seen, None, self.device)
         columns = {name: getattr(warp, name) for name in _WARP_COLUMNS}
-        columns["allowed"] = self._allowed(1, forever=True) if any(row.law.bans for row in self.rows) else None
+        columns["allowed"] = self._allowed(rows, 1, forever=True) if any(row.law.bans for row in rows) else None
         kept: dict[str, Any] = {
             name: self._keep_column(name, column) for name, column in columns.items() if column is not None
         }
@@ -230,14 +250,24 @@ class DecodeState:
 
     def _keep_column(self, name: str, column: Tensor) -> Tensor:
         """Copy a column of the warp, [B, ...], into its buffer, made at its first use; returns the view."""
-        if name not in self._buffers:
-            self._buffers[name] = self._zeros(*column.shape[1:], dtype=column.dtype)
-        return self._buffers[name][: self.width].copy_(column)
+        return self._buffer(name, *column.shape[1:], dtype=column.dtype)[: self.width].copy_(column)
 
-    def _allowed(self, window: int, forever: bool = False) -> Tensor:
+    @property
+    def warp_features(self) -> tuple[str, ...]:
+        """What the rows' warp has to do: all that shapes the device's work beside the numbers in its columns.
+
+        The largest top-k is left out: only the torch reference bounds its work by it, and that is never captured.
+        """
+        assert self._warp is not None, "there are no rows"
+        values = {field.name: getattr(self._warp, field.name) for field in fields(self._warp)}
+        used = [name for name, value in values.items() if value is not None and value is not False]
+        has_bans = self._warp.allowed is not self.shared_ids
+        return (*(name for name in used if name != "max_top_k"), *(["bans"] if has_bans else []))
+
+    def _allowed(self, rows: list[Row], window: int, forever: bool = False) -> Tensor:
         """int32 [B, W, ceil(V / 32)]: valid ids less the rows' bans (or those that never end) over the next window."""
-        allowed = torch.ones(len(self.rows), window, self.vocab_size, dtype=torch.bool)
-        for i, row in enumerate(self.rows):
+        allowed = torch.ones(len(rows), window, self.vocab_size, dtype=torch.bool)
+        for i, row in enumerate(rows):
             for ban in row.law.bans:
                 if forever and ban.until is not None:
                     continue
@@ -262,7 +292,7 @@ class DecodeState:
         assert self._warp is not None, "there are no rows"
         if not self.has_changing_bans:
             return self._warp
-        return replace(self._warp, allowed=self._allowed(window).to(self.device))
+        return replace(self._warp, allowed=self._allowed(self.rows, window).to(self.device))
 
     def process(self, logits: Tensor, drafts: Tensor, first: int) -> Tensor:
         """Run the rows' processors.

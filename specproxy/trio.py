@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from specproxy.attention import borrowed
 from specproxy.config import check_alpha
 from specproxy.costs import ForwardTime
+from specproxy.graphs import Graphs, make_graphs
 from specproxy.runner import Runner, check_supported, logits_width, position_limit
 from specproxy.state import ANTI_EXPERT, BASE, EXPERT
 from specproxy.vocab import share_vocabulary
@@ -37,14 +40,70 @@ class TrioRunners:
         pairs: roles of the pairs; the first one's expert drafts.
         max_rows: rows of every cache.
         capacity: positions to make room for at once.
+        graphs: where given, device work is captured and replayed.
     """
 
-    def __init__(self, models: dict[str, PreTrainedModel], pairs: list[Pair], max_rows: int, capacity: int) -> None:
+    def __init__(
+        self,
+        models: dict[str, PreTrainedModel],
+        pairs: list[Pair],
+        max_rows: int,
+        capacity: int,
+        graphs: Graphs | None = None,
+    ) -> None:
         self.pairs = pairs
-        self.by_role = {role: Runner(model, role, max_rows) for role, model in models.items()}
+        self.max_rows = max_rows
+        self.graphs = graphs
+        self._pinned: Tensor | None = None
+        self.state_buffers: dict[str, Tensor] = {}  # of the decode state, which captures refer to as they do to caches
+        self.by_role = {role: Runner(model, role, max_rows, graphs) for role, model in models.items()}
         self.base, self.expert, self.anti_expert = (self.by_role[role] for role in (BASE, EXPERT, ANTI_EXPERT))
+        self.reserve(capacity)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many positions in every row."""
         for runner in self:
             runner.cache.reserve(capacity)
+
+    def reserve_window(self, count: int, window: int) -> None:
+        """Make room for one more window in the first `count` rows."""
+        for runner in self:
+            runner.cache.reserve(max(runner.cache.host_lengths[:count]) + window)
+
+    def read(self, packed: Tensor) -> list[list[int]]:
+        """A small int64 tensor [n, m] on the host: the one place where a cycle waits for the device."""
+        if packed.device.type != "cuda":
+            rows: list[list[int]] = packed.tolist()
+            return rows
+        if self._pinned is None or self._pinned.numel() < packed.numel():
+            self._pinned = torch.empty(max(1024, 2 * packed.numel()), dtype=packed.dtype, pin_memory=True)
+        host = self._pinned[: packed.numel()].view(packed.shape)
+        host.copy_(packed, non_blocking=True)
+        torch.cuda.current_stream(packed.device).synchronize()
+        rows = host.tolist()
+        return rows
+
+    def restart(self, capacity: int) -> None:
+        """Begin another decode: no rows, clocks at zero."""
+        for runner in self:
+            runner.cache.empty(0, self.max_rows)
+            runner.timer.rewind((0.0, []))
+        self.reserve(capacity)
+
+    @property
+    def capture_seconds(self) -> float:
+        """Spent in capturing so far."""
+        return 0.0 if self.graphs is None else self.graphs.seconds
+
+    @property
+    def generation(self) -> tuple[int, ...]:
+        """Changes whenever a cache's memory moves."""
+        return tuple(runner.cache.capacity for runner in self)
+
+    @property
+    def lengths(self) -> list[Tensor]:
+        """Of the caches, [max_rows] each."""
+        return [runner.cache.lengths for runner in self]
 
     def __iter__(self) -> Iterator[Runner]:
         return iter(self.by_role.values())
@@ -100,6 +159,8 @@ class Trio:
             role: int(model.get_input_embeddings().weight.shape[0]) for role, model in self.models.items()
         }
         self.vocabulary = share_vocabulary(self.widths, tokenizers)
+        self._lock = Lock()
+        self._spare: tuple[list[int], TrioRunners] | None = None  # addresses of the weights it was made for
         self.position_limits = {role: position_limit(model) for role, model in self.models.items()}
 
     @property
@@ -126,7 +187,31 @@ class Trio:
         return None
 
     @contextmanager
-    def runners(self, max_rows: int, capacity: int) -> Iterator[TrioRunners]:
-        """Borrow the models for one decode; on leaving they are as they were."""
+    def runners(self, max_rows: int, capacity: int, cuda_graphs: bool | None = None) -> Iterator[TrioRunners]:
+        """Borrow the models for one decode; on leaving they are as they were.
+
+        Runners with captures are kept for the next decode that they suit.
+
+        Args:
+            max_rows: rows of every cache, at least.
+            capacity: positions of every row, to begin with.
+            cuda_graphs: see `specproxy.graphs.make_graphs`.
+
+        Raises:
+            ConfigurationError: graphs are asked for and cannot be had.
+        """
+        weights = [weight for model in self.models.values() for weight in model.parameters()]
+        graphs = make_graphs({weight.device for weight in weights}, cuda_graphs)
+        addresses = [weight.data_ptr() for weight in weights]
         with borrowed(self.models.values()):
-            yield TrioRunners(self.models, self.pairs, max_rows, capacity)
+            with self._lock:
+                spare, self._spare = self._spare, None
+            if graphs is None or spare is None or spare[0] != addresses or spare[1].max_rows < max_rows:
+                spare = None  # freed before new caches are made
+                runners = TrioRunners(self.models, self.pairs, max_rows, capacity, graphs)
+            else:
+                runners = spare[1]
+                runners.restart(capacity)
+            yield runners
+            if graphs is not None:
+                self._spare = addresses, runners

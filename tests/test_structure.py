@@ -33,7 +33,8 @@ LAYERS = [
     {"specproxy_kernels.attention"},
     {"specproxy_kernels"},
     {"specproxy.errors", "specproxy.version", "specproxy.streaming", "specproxy.theory", "specproxy.costs"},
-    {"specproxy.config", "specproxy.cache", "specproxy.vocab", "specproxy.stats"},
+    {"specproxy.timing"},
+    {"specproxy.graphs", "specproxy.config", "specproxy.cache", "specproxy.vocab", "specproxy.stats"},
     {"specproxy.attention", "specproxy.warp", "specproxy.policy", "specproxy.processors"},
     {"specproxy.state", "specproxy.options"},
     {"specproxy.runner"},
@@ -69,6 +70,7 @@ OUTSIDE = {
 }
 PUBLIC = {
     "ConfigurationError",
+    "GraphCaptureError",
     "LogitsError",
     "PromptError",
     "ProxyTunedModel",
