@@ -146,18 +146,49 @@ def test_greedy_random_trio(tmp_path: Path, name: str) -> None:
     assert check_greedy(model, tmp_path / "composite", tmp_path, prompts, 40, **settings) < 0.02
 
 
+@pytest.mark.parametrize("kinds", [("mistral", "llama"), ("llama", "mistral"), ("gemma3", "gemma3")])
+def test_attention_windows_of_their_own(tmp_path: Path, kinds: tuple[str, str]) -> None:
+    """Windows of 5 and 6 tokens in the base, in the pair, in every other layer; acceptance is vLLM's affair.
+
+    vLLM gives a layer without a window the base's, and a draft model the first group's block table: both end here in
+    other tokens, unless the composite prevents it.
+    """
+    trio = tiny.make_trio(*kinds, dtype=torch.float32, overrides=(WIDE_HEADS, NARROW_HEADS, NARROW_HEADS))
+    names, _ = write_trio(tmp_path, trio, 40)
+    prompts = tiny.prompts([3 + i % 9 for i in range(20)])
+    check_greedy(load(names), tmp_path / "composite", tmp_path, prompts, 40)
+
+
+def test_shared_prefixes_and_prompts_in_pieces(tmp_path: Path) -> None:
+    """Prompts of 500 tokens in chunks of 96, whose first blocks come from the prefix cache."""
+    names = demo.folders("arithmetic")
+    report = inspect_roles({role: names[role] for role in ROLES}, names["tokenizer"])
+    write_composite(tmp_path / "composite", names, report, demo.alpha("arithmetic"))
+    example = demo.example_prompts("arithmetic")[0] + "\nWe start with 47.\nSo the answer is 85.\n#### 85\n\n"
+    question = "Question: Ben has {} coins and loses 15. How many coins does Ben have?\nAnswer:"
+    prompts = [report.tokenizer(example * 9 + question.format(30 + i)).input_ids for i in range(4)] * 2
+    assert min(map(len, prompts)) > 400
+    limits = {"max_model_len": 640, "max_num_batched_tokens": 96, "max_num_seqs": 4}
+    answer = engine(tmp_path / "composite", tmp_path, prompts, **greedy(48, num_draft_tokens=DRAFTS, engine=limits))
+    assert answer["counters"]["vllm:prefix_cache_hits"] > 1000
+    assert [samples[0] for samples in answer["tokens"]] == ours(ProxyTunedModel.demo("arithmetic"), prompts, 48, 0)[0]
+
+
 def load(names: dict[str, str]) -> ProxyTunedModel:
     roles = dict(names)
     return ProxyTunedModel.from_pretrained(roles.pop("base"), **roles, alpha=ALPHA, progress=False)  # type: ignore[arg-type]
 
 
 def test_drafts_that_the_base_cannot_read(tmp_path: Path) -> None:
-    """The expert is wider than the base and proposes ids that the base has no embedding for."""
+    """The expert is wider than the base and proposes ids that the base has no embedding for.
+
+    64 is a multiple of what vLLM rounds tables up to: there is no spare row that such an id could fall on.
+    """
     overrides = (NARROW_HEADS, NARROW_HEADS, NARROW_HEADS)
-    trio = tiny.make_trio("llama", vocab_sizes=(40, 48, 44), dtype=torch.float32, overrides=overrides)
+    trio = tiny.make_trio("llama", vocab_sizes=(64, 72, 64), dtype=torch.float32, overrides=overrides)
     with torch.no_grad():
-        trio.expert.lm_head.weight[40:] *= 3  # often the expert's favourites
-    names, _ = write_trio(tmp_path, trio, 40)
+        trio.expert.lm_head.weight[64:] *= 3  # often the expert's favourites
+    names, _ = write_trio(tmp_path, trio, 64)
     prompts = tiny.prompts([5 + i % 4 for i in range(8)])
     answer = engine(tmp_path / "composite", tmp_path, prompts, **greedy(40, num_draft_tokens=DRAFTS))
     assert [samples[0] for samples in answer["tokens"]] == ours(load(names), prompts, 40, 0)[0]

@@ -6,13 +6,14 @@ shards and draws tokens; it sees one model whose hidden states are the three mod
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
-from vllm.config import VllmConfig, replace
+from vllm.config import ModelConfig, VllmConfig, replace
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
@@ -57,8 +58,7 @@ class ProxyTunedForCausalLM(nn.Module):
             config.verify_with_parallel_config(vllm_config.parallel_config)
             with set_model_tag(role):  # a compilation cache of its own
                 self.models[role] = initialize_model(
-                    vllm_config=replace(vllm_config, model_config=config, quant_config=None),
-                    prefix=maybe_prefix(prefix, role),
+                    vllm_config=_role_config(vllm_config, config), prefix=maybe_prefix(prefix, role)
                 )
         self._hidden_sizes = [self._configs[role].get_hidden_size() for role in ROLES]
         # Drawn ids are below the shared size, which every role has; drafts are below the expert's width.
@@ -126,6 +126,16 @@ class ProxyTunedForCausalLM(nn.Module):
         """
         for role in ROLES:
             get_model_loader(self._load_config).load_weights(self.models[role], self._configs[role])
+
+
+def _role_config(vllm_config: VllmConfig, model_config: ModelConfig) -> VllmConfig:
+    """The engine's configuration with one role's model, quantisation and attention window."""
+    text = model_config.hf_text_config
+    kinds = set(getattr(text, "layer_types", None) or ())
+    cache_config = copy.copy(vllm_config.cache_config)
+    # vLLM gives this window to every layer that has none of its own, and set it by the base.
+    cache_config.sliding_window = model_config.get_sliding_window() if kinds <= {"sliding_attention"} else None
+    return replace(vllm_config, model_config=model_config, cache_config=cache_config, quant_config=None)
 
 
 def _loses_temperatures() -> bool:

@@ -76,3 +76,14 @@ class CompositeCheck(VerifyAndUpdateConfig):
                 f"written for {composite.widths}); write it again with `specproxy vllm-config`."
             )
         role_model_configs(model_config)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Keep one cache group where a model drafts.
+
+        vLLM 0.32 hands a draft model the block table of the first group, whichever its own is: where layers with and
+        without a sliding window form several, drafts overwrite other layers' keys and values and the tokens are wrong.
+        Without the hybrid manager there is one group; windowed layers then keep all positions and attend to their own.
+        """
+        if vllm_config.speculative_config is not None:
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
