@@ -131,7 +131,13 @@ def test_a_model_without_tokenizer_anywhere_is_refused(models: Path, tmp_path: P
 
 def test_a_composite_is_replaced_and_nothing_else_is(models: Path, tmp_path: Path) -> None:
     write(models, tmp_path / "out", alpha=0.5)
+    (tmp_path / "out/notes.txt").write_text("mine")
+    (tmp_path / "out/expert").unlink()
+    (tmp_path / "out/expert").symlink_to(models / "bare")
     assert write(models, tmp_path / "out", alpha=2.0)[1]["proxy_alpha"] == 2.0
+    assert (tmp_path / "out/expert").resolve() == (models / "expert").resolve()
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
+    assert "notes.txt" not in write(models, tmp_path / "out")[1]["proxy_tuning"]["files"]
     before = sorted(path.name for path in (models / "base").iterdir())
     with pytest.raises(ConfigurationError, match="holds something else"):
         write(models, models / "base")

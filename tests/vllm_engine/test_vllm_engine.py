@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from specproxy import ProxyTunedModel, cli, demo
 from specproxy.integrations.vllm.composite import ROLES, Composite, inspect_roles, write_composite
@@ -72,12 +73,14 @@ def acceptance_rate(answer: dict[str, Any]) -> float:
     return float(accepted / drafted)
 
 
-def write_trio(path: Path, trio: tiny.Trio, tokenizer_size: int) -> tuple[dict[str, str], Composite]:
+def write_trio(
+    path: Path, trio: tiny.Trio, tokenizer_size: int, missing: tuple[int, ...] = ()
+) -> tuple[dict[str, str], Composite]:
     names = {}
     for role, model in zip(ROLES, trio.models, strict=True):
         names[role] = str(path / role)
         model.save_pretrained(names[role])
-        tiny.tiny_tokenizer(tokenizer_size).save_pretrained(names[role])
+        tiny.tiny_tokenizer(tokenizer_size, missing=missing).save_pretrained(names[role])
     return names, write_composite(path / "composite", names, inspect_roles(names), ALPHA)
 
 
@@ -179,8 +182,8 @@ def load(names: dict[str, str]) -> ProxyTunedModel:
     return ProxyTunedModel.from_pretrained(roles.pop("base"), **roles, alpha=ALPHA, progress=False)  # type: ignore[arg-type]
 
 
-def test_drafts_that_the_base_cannot_read(tmp_path: Path) -> None:
-    """The expert is wider than the base and proposes ids that the base has no embedding for.
+def test_ids_that_are_not_shared(tmp_path: Path) -> None:
+    """The expert proposes ids that the base has no embedding for, and ids that no tokenizer knows; none is generated.
 
     64 is a multiple of what vLLM rounds tables up to: there is no spare row that such an id could fall on.
     """
@@ -188,7 +191,7 @@ def test_drafts_that_the_base_cannot_read(tmp_path: Path) -> None:
     trio = tiny.make_trio("llama", vocab_sizes=(64, 72, 64), dtype=torch.float32, overrides=overrides)
     with torch.no_grad():
         trio.expert.lm_head.weight[64:] *= 3  # often the expert's favourites
-    names, _ = write_trio(tmp_path, trio, 64)
+    names, _ = write_trio(tmp_path, trio, 64, missing=tuple(range(5, 60, 6)))
     prompts = tiny.prompts([5 + i % 4 for i in range(8)])
     answer = engine(tmp_path / "composite", tmp_path, prompts, **greedy(40, num_draft_tokens=DRAFTS))
     assert [samples[0] for samples in answer["tokens"]] == ours(load(names), prompts, 40, 0)[0]
@@ -208,6 +211,49 @@ def test_tensor_parallel(tmp_path: Path) -> None:
         environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     )
     assert [samples[0] for samples in answer["tokens"]] == ours(load(names), prompts, 40, 0)[0]
+
+
+def quantise(folder: Path) -> None:
+    """Turn a checkpoint's projections into int8 with a scale per row, as compressed-tensors stores them."""
+    weights = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if name.endswith("proj.weight"):
+            scale = weight.abs().amax(dim=1, keepdim=True) / 127
+            weights[name] = (weight / scale).round().to(torch.int8)
+            weights[f"{name}_scale"] = scale.to(torch.bfloat16)
+        else:
+            weights[name] = weight.to(torch.bfloat16)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    numbers = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**numbers, "strategy": "channel", "dynamic": False},
+        "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+    }
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}), encoding="utf-8")
+
+
+def test_quantised_base(tmp_path: Path) -> None:
+    """An int8 base with a pair in bfloat16: at strength 0, set for the run, its tokens are those of the base alone."""
+    overrides = (NARROW_HEADS, NARROW_HEADS, NARROW_HEADS)
+    names, _ = write_trio(tmp_path, tiny.make_trio("llama", dtype=torch.float32, overrides=overrides), 40)
+    quantise(Path(names["base"]))
+    prompts = tiny.prompts([3 + i % 9 for i in range(8)])
+    kind: dict[str, Any] = {"dtype": "bfloat16"}
+    alone = engine(Path(names["base"]), tmp_path, prompts, **greedy(40, engine=kind))["tokens"]
+    steered = engine(tmp_path / "composite", tmp_path, prompts, **greedy(40, num_draft_tokens=DRAFTS, engine=kind))
+    assert steered["tokens"] != alone
+    kind["hf_overrides"] = {"proxy_alpha": 0.0}
+    answer = engine(tmp_path / "composite", tmp_path, prompts, **greedy(40, num_draft_tokens=DRAFTS, engine=kind))
+    assert answer["tokens"] == alone
 
 
 # Sampling.

@@ -8,7 +8,6 @@ Needs no vLLM.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +167,7 @@ def write_composite(folder: str | Path, names: Mapping[str, str], report: RolesR
             "save one in the base's folder."
         )
     folder = Path(folder)
-    _make_room(folder)
+    others = _make_room(folder)
     report.tokenizer.save_pretrained(folder)
     entries = {}
     for role in ROLES:
@@ -187,31 +186,31 @@ def write_composite(folder: str | Path, names: Mapping[str, str], report: RolesR
     if report.max_positions is not None:
         config["max_position_embeddings"] = report.max_positions
     config[_ALPHA] = alpha
+    _generation_config(names).save_pretrained(folder)
     config[_SETTINGS] = {
+        "files": sorted(entry.name for entry in folder.iterdir() if entry.name not in others),
         "models": entries,
         "widths": report.widths,
         "shared_ids": size,
         "excluded_ids": (~shared).nonzero()[:, 0].tolist(),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _generation_config(names).save_pretrained(folder)
     return read_composite(config, folder)
 
 
-def _make_room(folder: Path) -> None:
-    """Create a folder, or clear a composite's own entries."""
+def _make_room(folder: Path) -> set[str]:
+    """Create a folder, or remove what was written into a composite's; returns the names that are in it besides."""
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.iterdir()):
-        return
+        return set()
     try:
         written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        written = {}
-    if not isinstance(written, dict) or _SETTINGS not in written:
-        raise ConfigurationError(f"out={folder} holds something else; name a new or an empty folder.")
-    for entry in folder.iterdir():
-        if entry.is_symlink() or entry.is_file():
-            os.unlink(entry)
+        names = [Path(str(name)).name for name in written[_SETTINGS]["files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"out={folder} holds something else; name a new or an empty folder.") from error
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    return {entry.name for entry in folder.iterdir()}
 
 
 def _generation_config(names: Mapping[str, str]) -> GenerationConfig:
