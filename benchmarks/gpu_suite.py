@@ -1,4 +1,11 @@
-"""Everything that needs a GPU, in one command of several short calls: checks of the kernels, then their times.
+"""Everything that needs a GPU, in one command of several short calls, in four parts:
+
+    kernels    checks of the kernels, then their times (below)
+    equality   whole texts: captured or eager, kernels or reference, drafts or none (`benchmarks/gpu_equality.py`)
+    latency    speed at the paper's model shapes (`benchmarks/gpu_latency.py`)
+    memory     10,000 tokens at level memory (`benchmarks/gpu_memory.py`)
+
+The steps of `kernels`:
 
     compile               machine code for everything below, by many processes: it takes longer than running
     sampling, attention   the pairwise cases compiled: the reference's answers; rows that do not see each other; graphs
@@ -43,6 +50,9 @@ import specproxy_kernels
 from benchmarks import kernels
 from benchmarks.device_time import machine, short_error
 from benchmarks.floors import judge
+from benchmarks.gpu_equality import equality_steps
+from benchmarks.gpu_latency import latency_steps
+from benchmarks.gpu_memory import memory_steps
 from benchmarks.kernel_cases import Case, attention_cases, build, run_cycle, sampling_cases
 from benchmarks.kernel_checks import check_all, check_attention, check_sampling, summarised
 from benchmarks.report import require_matplotlib
@@ -191,6 +201,7 @@ def generation(device: torch.device, rule: str) -> Callable[[], Any]:
         do_sample=True,
         acceptance=rule,
         seed=0,
+        cuda_graphs=False,  # a replay would show the launches of the whole cycle at once
         **warp,
     )
 
@@ -304,7 +315,12 @@ def kernel_steps(device: torch.device, options: argparse.Namespace) -> list[Step
     return steps
 
 
-PARTS: dict[str, Callable[[torch.device, argparse.Namespace], list[Step]]] = {"kernels": kernel_steps}
+PARTS: dict[str, Callable[[torch.device, argparse.Namespace], list[Step]]] = {
+    "kernels": kernel_steps,
+    "equality": lambda device, options: equality_steps(device),
+    "latency": lambda device, options: latency_steps(device, options.out / "latency.json"),
+    "memory": lambda device, options: memory_steps(device),
+}
 
 
 def device_trouble() -> str | None:
