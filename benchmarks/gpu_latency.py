@@ -3,7 +3,8 @@
 The embedded trio is grown to each shape (`benchmarks/grow.py`), so that it decodes at real acceptance and full cost.
 Every step is one way of decoding at one batch size: a warm-up, which captures, then repeats, whose median counts.
 
-    TRIO TASK bB NAME        tokens a second, and for this runtime the share of forwards, the floor and acceptance
+    TRIO TASK bB NAME        tokens a second, and for this runtime the share of forwards, the floor and acceptance;
+                             `overlap` runs the small models beside the base, on streams of their own
     TRIO TASK bB trace NAME  synchronisations a cycle, and the host's share of it, from a profiler's trace
     TRIO bars                what the steps above must reach
 
@@ -99,9 +100,20 @@ class _Bench:
         return self._model
 
     def decoders(self, model: ProxyTunedModel, batch: int) -> dict[str, Decode]:
+        """Those of `benchmarks.decoders`, and `overlap`: the first speculative one with the models side by side."""
         pad = model._trio.pad_token_id()
         options = Options(self.sizes.new_tokens, False, 1.0, 0, frozenset(), 0 if pad is None else pad)
-        return make_decoders(model, options, list(self.sizes.drafts), ["rejection"], batch)
+        decoders = make_decoders(model, options, list(self.sizes.drafts), ["rejection"], batch)
+        plain = decoders[f"draft_{self.sizes.drafts[0]}_rejection"]
+
+        def overlapped(*arguments: Any) -> Any:
+            model._trio.overlap = True
+            try:
+                return plain(*arguments)
+            finally:
+                model._trio.overlap = False
+
+        return {**decoders, "overlap": overlapped}
 
     def batch(self, model: ProxyTunedModel, task: str, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         prompts = [model.tokenizer(text).input_ids for text in demo_prompts(task, batch)]
@@ -241,7 +253,7 @@ def latency_steps(device: torch.device, record: Path, sizes: LatencySizes | None
     sizes = sizes or LatencySizes()
     bench = _Bench(device, sizes)
     names = ["per_step", *(f"draft_{count}_rejection" for count in sizes.drafts)]
-    names += ["plain_loop", "base_generate", "base_runtime"]
+    names += ["overlap", "plain_loop", "base_generate", "base_runtime"]
     steps: list[Step] = []
 
     def step(name: str, run: Callable[[], Findings], seconds: float) -> None:

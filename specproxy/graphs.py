@@ -9,7 +9,8 @@ Whether work is captured changes no token. This module knows nothing of models, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol, TypeVar, cast
@@ -22,7 +23,7 @@ from specproxy.errors import ConfigurationError, GraphCaptureError
 from specproxy.timing import Events, ForwardTimer, can_time_replays
 from specproxy_kernels import kernel_path
 
-__all__ = ["Backend", "CudaBackend", "Graphs", "bucket", "make_graphs"]
+__all__ = ["Backend", "Branches", "CudaBackend", "Graphs", "bucket", "make_graphs"]
 
 T = TypeVar("T")
 
@@ -32,6 +33,42 @@ _WARM_UPS = 2  # before a capture: compilation, workspaces and lazy buffers must
 def bucket(count: int, most: int) -> int:
     """The number of rows that a capture for `count` rows is made for: a power of two, at most `most`."""
     return min(1 << (count - 1).bit_length(), most)
+
+
+class Branches:
+    """Work beside the current stream's, each piece on a stream of its own; without any, everything in its turn.
+
+    A branch begins behind all that stands on the current stream. What it reads has to be kept until `join`, since
+    memory that the current stream frees may be given away at once.
+
+    Args:
+        device: where branches are made, if at all.
+    """
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._device = device
+        self._streams: list[torch.cuda.Stream] = []
+        self._open = 0
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is done within stands on the next branch."""
+        if self._device is None:
+            yield
+            return
+        if self._open == len(self._streams):
+            self._streams.append(torch.cuda.Stream(self._device))
+        stream = self._streams[self._open]
+        self._open += 1
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            yield
+
+    def join(self) -> None:
+        """Let the current stream go on behind every branch."""
+        for stream in self._streams[: self._open]:
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._open = 0
 
 
 class Backend(Protocol):

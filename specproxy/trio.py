@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from specproxy.attention import borrowed
 from specproxy.config import check_alpha
 from specproxy.costs import ForwardTime
-from specproxy.graphs import Graphs, make_graphs
+from specproxy.graphs import Branches, Graphs, make_graphs
 from specproxy.runner import Runner, check_supported, logits_width, position_limit
 from specproxy.state import ANTI_EXPERT, BASE, EXPERT
 from specproxy.vocab import share_vocabulary
@@ -41,6 +41,7 @@ class TrioRunners:
         max_rows: rows of every cache.
         capacity: positions to make room for at once.
         graphs: where given, device work is captured and replayed.
+        overlaps: whether the small models' forwards over a window run beside the base's; on one CUDA device.
     """
 
     def __init__(
@@ -50,14 +51,17 @@ class TrioRunners:
         max_rows: int,
         capacity: int,
         graphs: Graphs | None = None,
+        overlaps: bool = False,
     ) -> None:
         self.pairs = pairs
+        self.overlaps = overlaps
         self.max_rows = max_rows
         self.graphs = graphs
         self._pinned: Tensor | None = None
         self.state_buffers: dict[str, Tensor] = {}  # of the decode state, which captures refer to as they do to caches
         self.by_role = {role: Runner(model, role, max_rows, graphs) for role, model in models.items()}
         self.base, self.expert, self.anti_expert = (self.by_role[role] for role in (BASE, EXPERT, ANTI_EXPERT))
+        self.branches = Branches(self.base.device if overlaps and self.base.device.type == "cuda" else None)
         self.reserve(capacity)
 
     def reserve(self, capacity: int) -> None:
@@ -159,6 +163,7 @@ class Trio:
             role: int(model.get_input_embeddings().weight.shape[0]) for role, model in self.models.items()
         }
         self.vocabulary = share_vocabulary(self.widths, tokenizers)
+        self.overlap = False  # whether captures run the small models beside the base: to be measured before it is on
         self._lock = Lock()
         self._spare: tuple[list[int], TrioRunners] | None = None  # addresses of the weights it was made for
         self.position_limits = {role: position_limit(model) for role, model in self.models.items()}
@@ -202,13 +207,21 @@ class Trio:
         """
         weights = [weight for model in self.models.values() for weight in model.parameters()]
         graphs = make_graphs({weight.device for weight in weights}, cuda_graphs)
-        addresses = [weight.data_ptr() for weight in weights]
+        # A sharded or offloaded weight has no address; nor is it ever captured.
+        addresses = [] if graphs is None else [weight.data_ptr() for weight in weights]
         with borrowed(self.models.values()):
             with self._lock:
                 spare, self._spare = self._spare, None
-            if graphs is None or spare is None or spare[0] != addresses or spare[1].max_rows < max_rows:
+            if (
+                graphs is None
+                or spare is None
+                or spare[0] != addresses
+                or spare[1].max_rows < max_rows
+                or spare[1].overlaps != self.overlap
+            ):
                 spare = None  # freed before new caches are made
-                runners = TrioRunners(self.models, self.pairs, max_rows, capacity, graphs)
+                overlaps = self.overlap and graphs is not None
+                runners = TrioRunners(self.models, self.pairs, max_rows, capacity, graphs, overlaps)
             else:
                 runners = spare[1]
                 runners.restart(capacity)

@@ -91,11 +91,23 @@ def score_window(state: DecodeState, runners: TrioRunners, draft: Draft) -> Wind
         draft: of this cycle.
     """
     by_role = {} if draft.expert_logits is None else {EXPERT: draft.expert_logits}
-    for role, runner in runners.by_role.items():
-        if role not in by_role:
-            window = torch.cat([state.pending[role][:, None], draft.tokens], dim=1)  # [B, W]
-            by_role[role] = runner.forward(window).to(state.device)
-    return WindowLogits(by_role, runners.pairs, state.alpha, draft.count + 1)
+    inputs = {
+        role: torch.cat([state.pending[role][:, None], draft.tokens], dim=1)  # [B, W]
+        for role in runners.by_role
+        if role not in by_role
+    }
+    window = WindowLogits(by_role, runners.pairs, state.alpha, draft.count + 1)
+    branches = runners.branches
+    for role, tokens in inputs.items():
+        if role != BASE:
+            with branches.beside():
+                by_role[role] = runners.by_role[role].forward(tokens).to(state.device)
+    if runners.overlaps and draft.expert_logits is not None:
+        with branches.beside():  # reached or not: it costs no time of its own there
+            bonus_step(state, runners, draft, window)
+    by_role[BASE] = runners.base.forward(inputs[BASE]).to(state.device)
+    branches.join()
+    return window
 
 
 def bonus_step(state: DecodeState, runners: TrioRunners, draft: Draft, window: WindowLogits) -> None:

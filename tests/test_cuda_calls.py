@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from specproxy import timing
-from specproxy.graphs import CudaBackend, Graphs
+from specproxy.graphs import Branches, CudaBackend, Graphs
 from specproxy.timing import ForwardTimer, can_time_replays
 
 DEVICE = torch.device("cuda", 0)
@@ -102,8 +103,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
         assert which == DEVICE
         yield
 
+    numbers = itertools.count()
     stand_ins = {
-        "Stream": lambda *args: Stream(clock, f"side {len(clock.log)}"),
+        "Stream": lambda *args: Stream(clock, f"side {next(numbers)}"),
         "Event": lambda enable_timing, external=False: Event(clock, external),
         "CUDAGraph": lambda: Graph(clock),
         "stream": on,
@@ -145,6 +147,21 @@ def test_a_capture_warms_up_on_a_stream_of_its_own_and_replays_report_their_time
     graphs.run("work", 0, work, changed=[state])
     assert len(capturing) == 3
     assert timer.total == pytest.approx(3e-3), "warming up was counted, or a replay was not"
+
+
+def test_branches_fork_from_the_current_stream_and_join_it(clock):
+    branches = Branches(DEVICE)
+    for _ in range(2):
+        clock.log.clear()
+        names = []
+        for _ in range(2):
+            with branches.beside():
+                names.append(torch.cuda.current_stream().name)
+        branches.join()
+        assert len(set(names)) == 2 and torch.cuda.current_stream().name == "main"
+        assert clock.log == [f"{name} waits for main" for name in names] + [f"main waits for {name}" for name in names]
+    with Branches(None).beside():
+        assert torch.cuda.current_stream().name == "main"
 
 
 def test_forwards_outside_of_captures_are_timed_by_events(clock):

@@ -160,6 +160,22 @@ def test_every_window(backend, num_draft_tokens):
     assert got.sequences.tolist() == expected.sequences.tolist()
 
 
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+def test_an_order_that_lets_models_run_side_by_side(backend, num_draft_tokens):
+    """The bonus step comes before the base's window then, whether or not it is reached."""
+    model = trio()
+    model._trio.overlap = True
+    settings = {"num_draft_tokens": num_draft_tokens, "top_k": 0}
+    got = run(model, True, **settings)
+    assert model._trio._spare[1].overlaps
+    assert_same(got, run(model, False, **settings))
+    run(model, True, **settings)
+    made = len(backend.tapes)
+    model._trio.overlap = False
+    assert_same(run(model, True, **settings), got)
+    assert len(backend.tapes) > made, "captures of the other order were replayed"
+
+
 def test_buckets_shrink_with_the_rows(backend):
     """Five rows end one after another: captures for 5 of at most 5 rows, 4, 2 and 1."""
     model = trio()

@@ -103,8 +103,8 @@ LOOP_MUTANTS = [
     Mutant(
         "anti-expert reads one token late",
         "specproxy.verify",
-        "by_role[role] = runner.forward(window)",
-        "by_role[role] = runner.forward(window.roll(1, 1) if role != BASE else window)",
+        "by_role[role] = runners.by_role[role].forward(tokens)",
+        "by_role[role] = runners.by_role[role].forward(tokens.roll(1, 1))",
     ),
     Mutant(
         "rollback one too few",
