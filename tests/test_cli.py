@@ -458,6 +458,9 @@ def test_readme_example_runs(
         assert {"0 is complete", "1 is complete"} <= set(lines)
     elif "pipe" in scope:
         assert lines[-1].count("generated_text") == 2
+    elif "cuda_graphs" in example:
+        captured = scope["model"].generate(scope["ids"], max_new_tokens=32, num_draft_tokens=4)
+        assert torch.equal(scope["output"], captured)
     else:
         trio, out = scope["trio"], scope["out"]
         arguments = {"seed": 1, "do_sample": True, "acceptance": "coupled"} if "method" in scope else {}
@@ -466,8 +469,9 @@ def test_readme_example_runs(
 
 
 def test_readme_has_every_kind_of_example() -> None:
-    assert len(EXAMPLES_OF_README) == 8
-    for name in ("from_pretrained", "chat(", "further_pairs", "RowStreamer", "custom_generate(", "pipeline("):
+    assert len(EXAMPLES_OF_README) == 9
+    kinds = ("from_pretrained", "chat(", "further_pairs", "RowStreamer", "custom_generate(", "pipeline(", "cuda_graphs")
+    for name in kinds:
         assert sum(name in example for example in EXAMPLES_OF_README) == 1, name
 
 
