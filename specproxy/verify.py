@@ -101,12 +101,15 @@ def score_window(state: DecodeState, runners: TrioRunners, draft: Draft) -> Wind
     for role, tokens in inputs.items():
         if role != BASE:
             with branches.beside():
-                by_role[role] = runners.by_role[role].forward(tokens).to(state.device)
+                by_role[role] = runners.by_role[role].forward(tokens)
     if runners.overlaps and draft.expert_logits is not None:
         with branches.beside():  # reached or not: it costs no time of its own there
             bonus_step(state, runners, draft, window)
-    by_role[BASE] = runners.base.forward(inputs[BASE]).to(state.device)
+    by_role[BASE] = runners.base.forward(inputs[BASE])
     branches.join()
+    for role in inputs:
+        # Only now: a copy between devices would hold the base's forward up until the model behind it is done.
+        by_role[role] = by_role[role].to(state.device)
     return window
 
 
