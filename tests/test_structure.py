@@ -33,7 +33,7 @@ LAYERS = [
     {"specproxy_kernels.attention"},
     {"specproxy_kernels"},
     {"specproxy.errors", "specproxy.version", "specproxy.streaming", "specproxy.theory", "specproxy.costs"},
-    {"specproxy.timing"},
+    {"specproxy.timing", "specproxy.scoring", "specproxy.problems"},
     {"specproxy.graphs", "specproxy.config", "specproxy.cache", "specproxy.vocab", "specproxy.stats"},
     {"specproxy.attention", "specproxy.warp", "specproxy.policy", "specproxy.processors"},
     {"specproxy.state", "specproxy.options"},
