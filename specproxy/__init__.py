@@ -1,11 +1,14 @@
 """Exact proxy-tuned text generation, several tokens a cycle.
 
-`ProxyTunedModel` is the whole face: load or build one, then `generate()`. Errors form one small tree under
-`SpecProxyError`.
+`ProxyTunedModel` is the whole face: load or build one, then `generate()`; an `Engine` serves many requests with it.
+Errors form one small tree under `SpecProxyError`.
 """
 
+from specproxy.engine import Engine
 from specproxy.errors import (
     ConfigurationError,
+    EngineClosed,
+    EngineFull,
     GraphCaptureError,
     LogitsError,
     PromptError,
@@ -21,6 +24,9 @@ from specproxy.version import __version__
 
 __all__ = [
     "ConfigurationError",
+    "Engine",
+    "EngineClosed",
+    "EngineFull",
     "GraphCaptureError",
     "LogitsError",
     "PromptError",

@@ -108,9 +108,8 @@ class _RaggedLayer(CacheLayerMixin):
         """Lengthen the buffers, keeping what they hold."""
         if self.is_initialized:
             assert self.keys is not None and self.values is not None
-            extra = capacity - self.keys.shape[2]
-            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra))
-            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra))
+            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, capacity - self.keys.shape[2]))
+            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, capacity - self.values.shape[2]))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -141,9 +140,10 @@ class RaggedCache(Cache):
     def reserve(self, length: int) -> None:
         """Make room for `length` positions in every row."""
         if length > self.capacity:
-            self.capacity = max(length, self.capacity + max(_GROWTH, self.capacity // 2))
+            capacity = max(length, self.capacity + max(_GROWTH, self.capacity // 2))
             for layer in self.layers:
-                layer.grow(self.capacity)
+                layer.grow(capacity)
+            self.capacity = capacity  # last: where memory runs out on the way, growing may be tried again
 
     def begin(self, first: int, count: int, size: int, offset: int | Tensor = 0) -> Window:
         """Place the next forward: `size` tokens a row for rows first .. first + count, `offset` past their lengths.
@@ -186,14 +186,25 @@ class RaggedCache(Cache):
         """Repeat an `advance` on the host's copy of the lengths."""
         self.host_lengths[: len(steps)] = [a + b for a, b in zip(self.host_lengths, steps, strict=False)]
 
-    def move(self, source: int, target: int) -> None:
-        """Copy a row's keys, values and length into another row."""
-        length = self.host_lengths[source]
+    def move(self, source: int, target: int, length: int | None = None) -> None:
+        """Copy a row's keys, values and length into another row; with a length, as many leading positions alone."""
+        length = self.host_lengths[source] if length is None else length
         for layer in self.layers:
             for buffer in (layer.keys, layer.values):
                 buffer[target, :, :length] = buffer[source, :, :length]
-        self.lengths[target] = self.lengths[source]
-        self.host_lengths[target] = length
+        self.set_lengths(target, [length])
+
+    def export(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """Copies of a row's leading keys and values, [H_kv, length, D] per layer."""
+        return [(layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone()) for layer in self.layers]
+
+    def restore(self, row: int, copies: list[tuple[Tensor, Tensor]], length: int) -> None:
+        """Begin a row with the leading `length` positions of what `export` has made; that is its length then."""
+        self.reserve(length)
+        for layer, (keys, values) in zip(self.layers, copies, strict=True):
+            layer.keys[row, :, :length] = keys[:, :length]
+            layer.values[row, :, :length] = values[:, :length]
+        self.set_lengths(row, [length])
 
     def empty(self, first: int, last: int) -> None:
         """Forget the lengths of rows first .. last - 1, which nobody owns any longer."""

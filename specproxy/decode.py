@@ -5,6 +5,7 @@ Rows are admitted and evicted between steps. Knows nothing of requests, text or 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from specproxy.accept import Outcome, accept
+from specproxy.config import MAX_DRAFT_TOKENS
 from specproxy.draft import DRAFTERS
 from specproxy.graphs import bucket
 from specproxy.policy import CycleReport, Plan, WindowPolicy
-from specproxy.state import DecodeState, Draft, Row
+from specproxy.state import FINISHED, DecodeState, Draft, Row
 from specproxy.stats import DRAFT, TARGET, SpeculationStats
 from specproxy.trio import TrioRunners
 from specproxy.verify import WindowLogits, score_window
@@ -25,6 +27,7 @@ __all__ = ["Cycle", "admit", "cycle", "evict_finished", "step"]
 
 _ON_DEVICE = ("expert",)  # drafters that never look at the rows on the host
 _ERRORS = STATUS_NON_FINITE | STATUS_EMPTY_SUPPORT
+Leave = Callable[[Row, int], None]
 
 
 @dataclass
@@ -40,7 +43,13 @@ class Cycle:
     window: WindowLogits
 
 
-def step(state: DecodeState, runners: TrioRunners, policy: WindowPolicy, stats: SpeculationStats) -> list[Row]:
+def step(
+    state: DecodeState,
+    runners: TrioRunners,
+    policy: WindowPolicy,
+    stats: SpeculationStats,
+    on_finish: Leave | None = None,
+) -> list[Row]:
     """Run one cycle over all rows in flight.
 
     Args:
@@ -48,6 +57,7 @@ def step(state: DecodeState, runners: TrioRunners, policy: WindowPolicy, stats: 
         runners: of the trio.
         policy: chooses the number of drafts and hears what came of them.
         stats: takes the counts.
+        on_finish: see `evict_finished`.
 
     Returns:
         The rows that took part; those with a `finish_reason` are no longer in flight.
@@ -55,7 +65,7 @@ def step(state: DecodeState, runners: TrioRunners, policy: WindowPolicy, stats: 
     began = perf_counter() - runners.capture_seconds
     plan = _plan(state, runners, policy)
     result = _run(state, runners, plan)
-    rows, num_drafts, num_accepted = _settle(state, runners, result, stats)
+    rows, num_drafts, num_accepted = _settle(state, runners, result, stats, on_finish)
 
     identities = tuple(row.index for row in rows)
     seconds = perf_counter() - runners.capture_seconds - began
@@ -80,11 +90,9 @@ def cycle(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
 
 
 def _plan(state: DecodeState, runners: TrioRunners, policy: WindowPolicy) -> Plan:
-    """The policy's choice, within every row's positions and the longest budget; no draft token enters it."""
-    most = runners.room(len(state))
-    if runners.graphs is None:
-        # With them, a capture for the last window of a text would cost more than drafts of which no row makes use.
-        most = min(most, max(row.remaining for row in state.rows))
+    """The policy's choice, within the longest budget; no draft token enters it, and no neighbour's place."""
+    # With captures, one for the last window of a text would cost more than drafts of which no row makes use.
+    most = max(row.remaining for row in state.rows) if runners.graphs is None else MAX_DRAFT_TOKENS + 1
     return policy.plan([row.index for row in state.rows], max(0, most - 1))
 
 
@@ -115,7 +123,7 @@ def _commit(state: DecodeState, runners: TrioRunners, draft: Draft, outcome: Out
 
 
 def _settle(
-    state: DecodeState, runners: TrioRunners, result: Cycle, stats: SpeculationStats
+    state: DecodeState, runners: TrioRunners, result: Cycle, stats: SpeculationStats, on_finish: Leave | None
 ) -> tuple[list[Row], tuple[int, ...], tuple[int, ...]]:
     """The only place that changes the host's side: tokens, ends of rows, statistics, eviction.
 
@@ -137,9 +145,13 @@ def _settle(
         if state.records_logits:
             row.logits += list(result.window.combined[slot, :taken].float())
             row.scores += list(result.window.scores[slot, :taken].float())
-        stats.record(drafted, num_accepted, taken)
-        stats.num_empty_residuals += bool(status & STATUS_EMPTY_RESIDUAL)
-    evict_finished(state, runners)
+        elif row.keeps_logits:
+            row.logits += list(result.window.combined_row(state, slot, taken))
+        for counts in (stats, row.statistics):
+            if counts is not None:
+                counts.record(drafted, num_accepted, taken)
+                counts.num_empty_residuals += bool(status & STATUS_EMPTY_RESIDUAL)
+    evict_finished(state, runners, on_finish)
     return rows, tuple(line[-4] for line in packed), tuple(line[-3] for line in packed)
 
 
@@ -152,10 +164,14 @@ def _reason(row: Row, window: WindowLogits, slot: int, position: int, status: in
     return f"{place}: the logits of the {' and '.join(roles)} are not usable (NaN or infinite)"
 
 
-def evict_finished(state: DecodeState, runners: TrioRunners) -> None:
+def evict_finished(state: DecodeState, runners: TrioRunners, on_finish: Leave | None = None) -> None:
     """Take finished rows out: the last row moves into each gap, so that rows stay dense.
 
     Between steps any row may be given a `finish_reason` and be taken out by this.
+
+    Args:
+        state, runners: as in `step`.
+        on_finish: called with every finished row and its slot while the caches still hold it.
     """
     before = len(state)
     if all(row.finish_reason is None for row in state.rows):
@@ -165,7 +181,9 @@ def evict_finished(state: DecodeState, runners: TrioRunners) -> None:
         row = state.rows[slot]
         if row.finish_reason is None:
             continue
-        if row.finish_reason == "error":
+        if on_finish is not None:
+            on_finish(row, slot)
+        if row.finish_reason not in FINISHED:  # it may hold what no cycle has found finite
             for runner in runners:
                 runner.cache.clear(slot)
         last = slots.pop()

@@ -6,7 +6,9 @@
     ├── VocabularyError        (ValueError)    tokenizers or vocabularies that do not fit together
     ├── UnsupportedModelError  (ValueError)    an architecture that cannot run here
     ├── LogitsError            (RuntimeError)  a model returned logits that no token can be drawn from
-    └── GraphCaptureError      (RuntimeError)  a model's work cannot be captured as a CUDA graph
+    ├── GraphCaptureError      (RuntimeError)  a model's work cannot be captured as a CUDA graph
+    ├── EngineFull             (RuntimeError)  an engine's queue has no room for a further request
+    └── EngineClosed           (RuntimeError)  an engine takes no further requests
 
 A message names the argument, the value received and the remedy.
 """
@@ -17,6 +19,8 @@ from typing import Any
 
 __all__ = [
     "ConfigurationError",
+    "EngineClosed",
+    "EngineFull",
     "GraphCaptureError",
     "LogitsError",
     "PromptError",
@@ -48,6 +52,14 @@ class UnsupportedModelError(SpecProxyError, ValueError):
 
 class GraphCaptureError(SpecProxyError, RuntimeError):
     """A model synchronises with the host, or does what else a CUDA graph cannot hold."""
+
+
+class EngineFull(SpecProxyError, RuntimeError):
+    """As many requests wait as the engine's queue holds: try again later."""
+
+
+class EngineClosed(SpecProxyError, RuntimeError):
+    """The engine drains, is closed, or its loop has ended with an error."""
 
 
 class LogitsError(SpecProxyError, RuntimeError):

@@ -5,7 +5,7 @@ Checks every argument before any model runs. Knows nothing of text: token ids on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import MaxTimeCriteria, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from specproxy.config import SpeculationParameters, check_alpha, check_integer
+from specproxy.config import SpeculationParameters, check_integer
 from specproxy.decode import admit, step
 from specproxy.errors import ConfigurationError, LogitsError, PromptError
 from specproxy.options import GenerationOptions
 from specproxy.policy import AdaptiveWindow, FixedWindow, WindowPolicy
-from specproxy.rows import check_ids, check_lengths, make_row
+from specproxy.rows import check_ids, check_lengths, end_ids, make_row, pair_strengths
 from specproxy.state import BASE, DecodeState, Row
 from specproxy.stats import SpeculationStats
 from specproxy.trio import Trio
@@ -54,7 +54,7 @@ def generate(
         ConfigurationError, PromptError: before any model runs.
         LogitsError: after every other row is complete.
     """
-    eos = _eos_ids(trio, options.eos_token_id)
+    eos = end_ids(trio, options.eos_token_id)
     pad = _pad_id(trio, options.pad_token_id, eos)
     prompts = {BASE: _prompt_rows(trio, BASE, "input_ids", input_ids, attention_mask, pad, eos)}
     for role in trio.models:
@@ -201,15 +201,6 @@ def _sequences(input_ids: Tensor, rows: list[Row], pad: int) -> Tensor:
     return torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
 
 
-def _eos_ids(trio: Trio, eos_token_id: int | Sequence[int] | Tensor | None) -> frozenset[int]:
-    if eos_token_id is None:
-        return trio.eos_token_ids()
-    if isinstance(eos_token_id, Tensor):
-        eos_token_id = eos_token_id.tolist()
-    ids = list(eos_token_id) if isinstance(eos_token_id, Iterable) else [eos_token_id]
-    return frozenset(check_integer("eos_token_id", i, 0, "give token ids") for i in ids)
-
-
 def _pad_id(trio: Trio, pad_token_id: int | None, eos: frozenset[int]) -> int:
     if pad_token_id is not None:
         return check_integer("pad_token_id", pad_token_id, 0, "give a token id")
@@ -273,27 +264,14 @@ def _alphas(
     trio: Trio, alpha: float | Sequence[float] | Tensor | None, batch: int, copies: int
 ) -> list[tuple[float, ...]]:
     """Strength of every pair, per row. A number or one per row is that of the first pair; [B, pairs] gives all."""
-    defaults = tuple(pair.alpha for pair in trio.pairs)
     values: Any = alpha.tolist() if isinstance(alpha, Tensor) else alpha
-    if values is None:
-        return [defaults] * batch
     if not isinstance(values, Sequence) or isinstance(values, str):
-        return [(check_alpha(values), *defaults[1:])] * batch
+        return [pair_strengths(trio, values)] * batch
     if len(values) * copies == batch:
         values = [value for value in values for _ in range(copies)]  # one per prompt
     if len(values) != batch:
         raise ConfigurationError(f"alpha has {len(values)} values for {batch} rows; give one number, or one per row.")
-    rows: list[tuple[float, ...]] = []
-    for value in values:
-        if not isinstance(value, Sequence):
-            rows.append((check_alpha(value), *defaults[1:]))
-        elif len(value) == len(defaults):
-            rows.append(tuple(map(check_alpha, value)))
-        else:
-            raise ConfigurationError(
-                f"alpha has {len(value)} values in a row for {len(defaults)} pairs; give one per pair."
-            )
-    return rows
+    return [pair_strengths(trio, value) for value in values]
 
 
 def _row_keys(

@@ -144,6 +144,10 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._captures)
 
+    def clear(self) -> None:
+        """Forget every capture: memory that they refer to may have moved unnoticed."""
+        self._captures.clear()
+
     def run(
         self,
         key: Hashable,

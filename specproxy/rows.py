@@ -5,14 +5,18 @@ Knows nothing of batches, streams or requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from specproxy.errors import PromptError
+from torch import Tensor
+
+from specproxy.config import check_alpha, check_integer
+from specproxy.errors import ConfigurationError, PromptError
 from specproxy.processors import LawOptions, row_law
 from specproxy.state import BASE, Row, StoppingCriterion
 from specproxy.trio import Trio
 
-__all__ = ["check_ids", "check_lengths", "make_row"]
+__all__ = ["check_ids", "check_lengths", "end_ids", "make_row", "pair_strengths"]
 
 
 def check_ids(trio: Trio, role: str, where: str, prompt: Sequence[int]) -> None:
@@ -54,6 +58,42 @@ def check_lengths(trio: Trio, prompts: dict[str, list[list[int]]], max_new_token
                 f"the {role}'s prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceeds its {limit} "
                 f"positions; shorten the prompt or ask for at most {max(limit - longest, 0)} tokens."
             )
+
+
+def end_ids(trio: Trio, eos_token_id: int | Iterable[int] | Tensor | None) -> frozenset[int]:
+    """The tokens that end a row: those given, else those of the models' generation configurations.
+
+    Raises:
+        ConfigurationError: for what is no token id.
+    """
+    if eos_token_id is None:
+        return trio.eos_token_ids()
+    if isinstance(eos_token_id, Tensor):
+        eos_token_id = eos_token_id.tolist()
+    ids = list(eos_token_id) if isinstance(eos_token_id, Iterable) else [eos_token_id]
+    return frozenset(check_integer("eos_token_id", i, 0, "give token ids") for i in ids)
+
+
+def pair_strengths(trio: Trio, alpha: Any) -> tuple[float, ...]:
+    """One row's strength of every pair.
+
+    Args:
+        trio: whose pairs are meant.
+        alpha: a number for the first pair, the others keep theirs; one number per pair; or None for the model's.
+
+    Raises:
+        ConfigurationError: for what is no finite number, or too many or few of them.
+    """
+    defaults = tuple(pair.alpha for pair in trio.pairs)
+    if alpha is None:
+        return defaults
+    if not isinstance(alpha, Sequence) or isinstance(alpha, str):
+        return (check_alpha(alpha), *defaults[1:])
+    if len(alpha) != len(defaults):
+        raise ConfigurationError(
+            f"alpha has {len(alpha)} values in a row for {len(defaults)} pairs; give one per pair."
+        )
+    return tuple(map(check_alpha, alpha))
 
 
 def make_row(

@@ -161,13 +161,17 @@ class Runner:
 
     def _run(self, tokens: Tensor, *, first: int, offset: int | Tensor, logits_to_keep: int = 0) -> Tensor:
         window = self.cache.begin(first, tokens.shape[0], tokens.shape[1], offset)
+        positions = window.positions
+        if self.max_positions is not None:
+            # Drafts behind a row's budget may stand past its last position. No row keeps them, but a table is read.
+            positions = positions.clamp(max=self.max_positions - 1)
         keywords: dict[str, Any] = {WINDOW_KEYWORD: window}
         if logits_to_keep and self._keeps_logits:
             keywords["logits_to_keep"] = logits_to_keep
         try:
             output = self.model(
                 input_ids=tokens.to(self.device),
-                position_ids=window.positions,
+                position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
                 **keywords,

@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specproxy.config import MAX_DRAFT_TOKENS
 from specproxy.processors import RowLaw
+from specproxy.stats import SpeculationStats
 from specproxy.warp import build_warp, needs_seen_tokens
 from specproxy_kernels import DraftLaw, NoiseStream, WarpParameters, pack_allowed_tokens
 
-__all__ = ["ANTI_EXPERT", "BASE", "EXPERT", "DecodeState", "Draft", "Row"]
+__all__ = ["ANTI_EXPERT", "BASE", "EXPERT", "FINISHED", "DecodeState", "Draft", "Row"]
 
 BASE, EXPERT, ANTI_EXPERT = "base", "expert", "anti_expert"
+FINISHED = ("stop", "length")  # ways for a row to end that its text is complete with
 
 # Per row in the warp, and known to the host alone until rows change.
 _WARP_COLUMNS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -43,6 +46,9 @@ class Row:
         max_new_tokens: tokens after which it ends.
         eos_token_ids: tokens that end it; the token itself is kept.
         stopping_criteria: called with the base's prefix, int64 [1, L], after every token; true ends the row.
+        max_draft_tokens: drafts that it takes part with at most, whatever the window.
+        statistics: where given, takes the row's own counts.
+        keeps_logits: whether it keeps the combined logits of its tokens, beside what the state records.
     """
 
     index: int
@@ -53,11 +59,14 @@ class Row:
     max_new_tokens: int
     eos_token_ids: frozenset[int]
     stopping_criteria: Sequence[StoppingCriterion] = ()
+    max_draft_tokens: int = MAX_DRAFT_TOKENS
+    statistics: SpeculationStats | None = None
+    keeps_logits: bool = False
     tokens: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
-    finish_reason: str | None = None  # "stop", "length" or "error"
+    finish_reason: str | None = None  # one of FINISHED, "error", or whatever else somebody took it out for
     error: str | None = None
-    logits: list[Tensor] = field(default_factory=list)  # per new token, where the call records them: combined [V]
+    logits: list[Tensor] = field(default_factory=list)  # per new token, where they are recorded: combined [V]
     scores: list[Tensor] = field(default_factory=list)  # likewise: processed and warped [V]
 
     @property
@@ -155,7 +164,7 @@ class DecodeState:
         self._host_allowed = None if allowed is None else allowed.cpu()
         self._buffers = {} if buffers is None else buffers
         self._uses_seen = False
-        for name in (*self.roles, "start", "key", "remaining"):
+        for name in (*self.roles, "start", "key", "remaining", "most_drafts"):
             self._buffer(name).zero_()
         self._buffer("alpha", (len(self.roles) - 1) // 2, dtype=torch.float64).zero_()
         self._warp: WarpParameters | None = None
@@ -184,6 +193,7 @@ class DecodeState:
         self.key = buffers["key"][:width]  # [B]
         self.alpha = buffers["alpha"][:width]  # [B, pairs]
         self.remaining = buffers["remaining"][:width]  # [B], tokens left in each row's budget
+        self.most_drafts = buffers["most_drafts"][:width]  # [B]
         self.seen = buffers["seen"][:width] if self._uses_seen else None  # bool [B, V]
 
     def _write(self, name: str, first: int, values: Sequence[Any]) -> None:
@@ -194,13 +204,24 @@ class DecodeState:
         """Append rows whose prompts, but for their last token, are in the caches."""
         first = len(self.rows)
         assert first + len(rows) <= self.max_rows, "more rows than buffers"
+        self.rows += rows
+        self._load(first)
+
+    def reload(self) -> None:
+        """Write the device's side anew from the host's: after a cycle that broke off before it was settled."""
+        self._buffers["remaining"][len(self.rows) :] = 0
+        self._load(0)
+
+    def _load(self, first: int) -> None:
+        """Write the rows from `first` on into the buffers."""
+        rows = self.rows[first:]
         for role in self.roles:
-            self._write(role, first, [row.prompts[role][-1] for row in rows])
+            self._write(role, first, [(row.tokens or row.prompts[role])[-1] for row in rows])
         self._write("start", first, [len(row.tokens) for row in rows])
         self._write("key", first, [row.key for row in rows])
         self._write("remaining", first, [row.remaining for row in rows])
+        self._write("most_drafts", first, [row.max_draft_tokens for row in rows])
         self._write("alpha", first, [row.alphas for row in rows])
-        self.rows += rows
         if not self._uses_seen and needs_seen_tokens([row.law.sampling for row in rows]):
             self._uses_seen = True
             first = 0
@@ -214,7 +235,8 @@ class DecodeState:
         count, before = len(slots), len(self.rows)
         self.rows = [self.rows[slot] for slot in slots]
         index = torch.tensor(slots, dtype=torch.long).to(self.device)
-        moving = (*self.roles, "start", "key", "remaining", "alpha", *(["seen"] if self._uses_seen else []))
+        moving = [*self.roles, "start", "key", "remaining", "most_drafts", "alpha"]
+        moving += ["seen"] if self._uses_seen else []
         for name in moving:
             self._buffers[name][:count] = self._buffers[name][index]
         self._buffers["remaining"][count:before] = 0
@@ -324,7 +346,7 @@ class DecodeState:
 
     def num_drafts(self, count: int) -> Tensor:
         """int64 [B], drafts of each row in a window of `count` of them: the last token of its budget is never one."""
-        return (self.remaining - 1).clamp(0, count)
+        return (self.remaining - 1).minimum(self.most_drafts).clamp(0, count)
 
     def noise(self) -> NoiseStream:
         """The noise of the cycle that starts now."""

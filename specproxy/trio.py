@@ -116,15 +116,6 @@ class TrioRunners:
         """What the forwards since the last call took."""
         return tuple(forward for runner in self for forward in runner.timer.take())
 
-    def room(self, count: int) -> int:
-        """Positions that every active row of every role may still take, after its committed ones."""
-        rooms = [
-            runner.max_positions - max(runner.cache.host_lengths[:count])
-            for runner in self
-            if runner.max_positions is not None
-        ]
-        return min(rooms, default=2**31)
-
 
 class Trio:
     """A base and one or several pairs of loaded models that share a vocabulary.

@@ -75,6 +75,15 @@ class WindowLogits:
             new = tuple(torch.cat([a, b], dim=1) for a, b in zip(old, new, strict=True))  # type: ignore[assignment]
         self.combined, self.processed, self.scores = new
 
+    def combined_row(self, state: DecodeState, row: int, count: int) -> Tensor:
+        """One row's combined logits [count, V] at its first positions, before processors and warp."""
+        lines, here = slice(row, row + 1), slice(0, count)
+        pairs = [
+            LogitPair(pair.expert[lines], pair.anti_expert[lines], pair.alpha[lines])  # type: ignore[index]
+            for pair in (pair_at(pair, here) for pair in self.pairs())
+        ]
+        return combine_logits(self.base[lines, here], pairs, state.vocab_size, state.shared_ids)[0][0]
+
     def unusable_roles(self, row: int, position: int) -> list[str]:
         """Roles whose logits of one position hold NaN or +inf; the anti-experts where it is their -inf alone."""
         lines = {role: logits[row, position] for role, logits in self.by_role.items()}

@@ -45,6 +45,12 @@ LAYERS = [
     {"specproxy.generate", "specproxy.demo"},
     {"specproxy.chat"},
     {"specproxy.model"},
+    {"specproxy.engine.handle", "specproxy.engine.prefixes"},
+    {"specproxy.engine.logprobs"},
+    {"specproxy.engine.requests"},
+    {"specproxy.engine.scheduler"},
+    {"specproxy.engine.engine"},
+    {"specproxy.engine"},
     {"specproxy.integrations", "specproxy.check"},
     {"specproxy.integrations.transformers", "specproxy.integrations.vllm.composite"},
     {"specproxy.integrations.vllm.roles"},
@@ -70,6 +76,9 @@ OUTSIDE = {
 }
 PUBLIC = {
     "ConfigurationError",
+    "Engine",
+    "EngineClosed",
+    "EngineFull",
     "GraphCaptureError",
     "LogitsError",
     "PromptError",

@@ -1,0 +1,431 @@
+"""The engine's loop, one turn at a time: end what is to end, read prompts in pieces, run a cycle, hand out tokens.
+
+Rows in flight stand in the leading slots of the caches, dense, as the decode loop wants them. One prompt at a time is
+read into a slot of its own behind them all, at most `prefill_chunk` tokens a turn, so that a long one holds nobody up;
+once read it is copied behind the rows in flight. One thread runs the turns and touches nothing but this; what it shares
+with others are the queue and the handles.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import Condition
+from time import monotonic
+
+import torch
+
+from specproxy.decode import evict_finished, step
+from specproxy.engine.handle import Block
+from specproxy.engine.logprobs import token_logprobs
+from specproxy.engine.prefixes import PrefixStore
+from specproxy.engine.requests import Request, describe
+from specproxy.policy import CycleReport, Plan, WindowPolicy
+from specproxy.state import BASE, FINISHED, DecodeState, Row
+from specproxy.stats import SpeculationStats
+from specproxy.trio import Trio, TrioRunners
+from specproxy_kernels import LogitPair, combine_logits, kernel_path
+
+__all__ = ["Counts", "Queue", "Scheduler"]
+
+_MAX_FAULTS = 3  # turns in a row that may fail before the loop gives up
+
+
+class Queue:
+    """Requests that wait, at most so many; shared between callers and the loop.
+
+    Args:
+        size: how many may wait.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.changed = Condition()
+        self.requests: deque[Request] = deque()
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def wake(self) -> None:
+        """Let the loop look again."""
+        with self.changed:
+            self.changed.notify_all()
+
+    def pop(self) -> Request | None:
+        """The one that has waited longest."""
+        with self.changed:
+            return self.requests.popleft() if self.requests else None
+
+    def take(self, unwanted: set[int]) -> None:
+        """Take out the requests with these row numbers."""
+        with self.changed:
+            self.requests = deque(request for request in self.requests if request.row.index not in unwanted)
+
+
+@dataclass
+class Counts:
+    """What the loop has done so far.
+
+    Args:
+        cycles: of the decode loop.
+        failed_turns: cycles and prefills that broke off with an exception.
+        prompt_tokens: of the base's prompts, of all requests begun.
+        reused_tokens: those of them whose keys and values were copied.
+        finished: requests by the reason of their end.
+        windows: cycles by their number of drafts.
+        speculation: counts over all requests.
+    """
+
+    cycles: int = 0
+    failed_turns: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    windows: Counter[int] = field(default_factory=Counter)
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
+
+
+class _Windows:
+    """A policy that plans no wider window than some row takes part in, and counts what was chosen.
+
+    Args:
+        policy: chooses; None takes the widest that a row wants.
+        counts: where to count.
+        rows: those in flight.
+    """
+
+    def __init__(self, policy: WindowPolicy | None, counts: Counts, rows: DecodeState) -> None:
+        self._policy, self._counts, self._rows = policy, counts, rows
+
+    def plan(self, rows: Sequence[int], most: int) -> Plan:
+        """See `WindowPolicy`."""
+        most = min(most, max(row.max_draft_tokens for row in self._rows.rows))
+        return Plan(most) if self._policy is None else self._policy.plan(rows, most)
+
+    def observe(self, report: CycleReport) -> None:
+        """See `WindowPolicy`."""
+        self._counts.windows[report.plan.num_drafts] += 1
+        if self._policy is not None:
+            self._policy.observe(report)
+
+
+@dataclass
+class _Reading:
+    """A request whose prompt is being read, and how far it is in every role."""
+
+    request: Request
+    done: dict[str, int]
+
+    def left(self, role: str) -> int:
+        """Tokens to read; the prompt's last one opens the first window."""
+        return len(self.request.row.prompts[role]) - 1 - self.done[role]
+
+    @property
+    def is_done(self) -> bool:
+        return all(self.left(role) == 0 for role in self.done)
+
+
+class Scheduler:
+    """Runs requests through the rows of one decode state.
+
+    Args:
+        trio: the models.
+        runners: theirs, with at least `staging` + 1 rows.
+        queue: where requests come from.
+        policy: chooses windows; None takes the widest that a row in flight wants.
+        rule: acceptance rule.
+        max_batch_size: rows in flight at most.
+        staging: the slot in which prompts are read, behind every slot that a cycle may touch.
+        max_total_tokens: positions that the requests in flight may come to take, all together.
+        prefill_chunk: prompt tokens read between two cycles.
+        prefixes: keys and values of earlier requests.
+    """
+
+    def __init__(
+        self,
+        trio: Trio,
+        runners: TrioRunners,
+        queue: Queue,
+        *,
+        policy: WindowPolicy | None,
+        rule: str,
+        max_batch_size: int,
+        staging: int,
+        max_total_tokens: int,
+        prefill_chunk: int,
+        prefixes: PrefixStore,
+    ) -> None:
+        self.runners, self.queue, self.prefixes = runners, queue, prefixes
+        self.max_batch_size, self.staging = max_batch_size, staging
+        self.max_total_tokens, self.prefill_chunk = max_total_tokens, prefill_chunk
+        self.state = DecodeState(
+            runners.max_rows,
+            trio.device,
+            trio.vocabulary.size,
+            trio.vocabulary.allowed,
+            rule,
+            tuple(trio.models),
+            buffers=runners.state_buffers,
+        )
+        self.counts = Counts(speculation=SpeculationStats(kernels=kernel_path(trio.device)))
+        self.running: dict[int, Request] = {}  # by the number of their row
+        self.reading: _Reading | None = None
+        self._policy = _Windows(policy, self.counts, self.state)
+        self._faults = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a turn would do anything."""
+        return bool(self.running or self.reading or self.queue)
+
+    @property
+    def num_positions(self) -> int:
+        """Of the base's cache that are taken."""
+        return sum(self.runners.base.cache.host_lengths)
+
+    def turn(self) -> None:
+        """End what is to end, read prompts, run one cycle, hand out its tokens.
+
+        Raises:
+            Exception: the loop cannot go on; what its requests have been told is up to the caller.
+        """
+        self._end_unwanted()
+        self._read_prompts()
+        if self.state.rows:
+            self._run_cycle()
+
+    # Ends.
+
+    def _end_unwanted(self) -> None:
+        """Take out what has been cancelled or is too late, waiting requests among them."""
+        now = monotonic()
+        with self.queue.changed:
+            waiting = list(self.queue.requests)
+        late = [(request, reason) for request in waiting if (reason := _unwanted(request, now))]
+        self.queue.take({request.row.index for request, _ in late})
+        for request, reason in late:
+            self._finish(request, reason)
+        if self.reading is not None and (reason := _unwanted(self.reading.request, now)):
+            self._drop_reading(reason)
+        leaving = [request for request in self.running.values() if (reason := _unwanted(request, now))]
+        if leaving:
+            for request in leaving:
+                request.row.finish_reason = _unwanted(request, now)
+            evict_finished(self.state, self.runners)
+            for request in leaving:
+                self._finish(request, str(request.row.finish_reason))
+
+    def _finish(self, request: Request, reason: str, error: str | None = None) -> None:
+        self.running.pop(request.row.index, None)
+        self.counts.finished[reason] += 1
+        request.handle.finish(request.output(reason, error))
+
+    def end_all(self, reason: str, error: str | None) -> None:
+        """End every request that has begun; the loop runs no more."""
+        for request in [*self.running.values(), *([self.reading.request] if self.reading else [])]:
+            self._finish(request, reason, error)
+        self.reading = None
+
+    # Prompts.
+
+    def _read_prompts(self) -> None:
+        """Read prompts, the oldest first, and admit those that have been read."""
+        budget = self.prefill_chunk
+        while budget > 0:
+            if self.reading is None and not self._begin_reading():
+                return
+            assert self.reading is not None
+            request = self.reading.request
+            try:
+                budget -= self._read_piece(self.reading, budget)
+                if self.reading.is_done:
+                    self.reading = None
+                    self._admit(request)
+                self._faults = 0
+            except Exception as error:
+                self._drop_reading("error", f"its prompt could not be read: {describe(error)}", request)
+                self._count_fault(error)
+
+    def _begin_reading(self) -> bool:
+        """Give the oldest waiting request the slot for prompts, where there is a row for it."""
+        if len(self.state) >= self.max_batch_size:
+            return False
+        with self.queue.changed:
+            if not self.queue.requests:
+                return False
+            taken = sum(request.positions for request in self.running.values())
+            if taken and taken + self.queue.requests[0].positions > self.max_total_tokens:
+                return False
+            request = self.queue.requests.popleft()
+        request.handle.timings.started = monotonic()
+        prompts = request.row.prompts
+        self.reading = _Reading(request, dict.fromkeys(prompts, 0))
+        if request.prompt_logprobs is None:  # they need the logits of every position
+            try:
+                held = [self._held(row, slot) for slot, row in enumerate(self.state.rows)]
+                self.reading.done = self.prefixes.restore(self.runners, self.staging, prompts, held)
+            except Exception as error:
+                self._drop_reading("error", f"its prompt could not be read: {describe(error)}")
+                self._count_fault(error)
+                return self._begin_reading()
+        request.num_reused_tokens = self.reading.done[BASE]
+        self.counts.prompt_tokens += len(prompts[BASE])
+        self.counts.reused_tokens += request.num_reused_tokens
+        return True
+
+    def _held(self, row: Row, slot: int) -> dict[str, list[int]]:
+        """Per role, the tokens whose keys and values stand in a row's slot."""
+        return {
+            role: [*row.prompts[role], *row.tokens][: runner.cache.host_lengths[slot]]
+            for role, runner in self.runners.by_role.items()
+        }
+
+    def _read_piece(self, reading: _Reading, budget: int) -> int:
+        """Read at most `budget` further tokens in every role; returns how many in the longest piece."""
+        row, logits, longest = reading.request.row, {}, 0
+        for role, runner in self.runners.by_role.items():
+            first, size = reading.done[role], min(budget, reading.left(role))
+            if size == 0:
+                continue
+            scores = reading.request.prompt_logprobs is not None
+            logits[role] = runner.extend(self.staging, [row.prompts[role][first : first + size]], all_logits=scores)
+            reading.done[role] += size
+            longest = max(longest, size)
+        if logits and reading.request.prompt_logprobs is not None:
+            self._score_prompt(reading, logits, longest)
+        return longest
+
+    def _score_prompt(self, reading: _Reading, logits: dict[str, torch.Tensor], size: int) -> None:
+        """What the combined law says of the prompt's tokens behind the piece just read."""
+        request, done = reading.request, reading.done[BASE]
+        lines = {role: line.to(self.state.device) for role, line in logits.items()}
+        pairs = [
+            LogitPair(
+                lines[pair.expert],
+                lines[pair.anti_expert],
+                torch.full((1, size), alpha, dtype=torch.float64, device=self.state.device),
+            )
+            for pair, alpha in zip(self.runners.pairs, request.row.alphas, strict=True)
+        ]
+        combined, bad = combine_logits(lines[BASE], pairs, self.state.vocab_size, self.state.shared_ids)
+        if bool(bad.any()):
+            raise ArithmeticError("the models' logits over the prompt are not usable (NaN or infinite)")
+        assert request.prompt_logprobs is not None
+        following = request.row.prompts[BASE][done - size + 1 : done + 1]
+        request.scored_prompt += token_logprobs(combined[0], following, request.prompt_logprobs)
+
+    def _admit(self, request: Request) -> None:
+        """Move a prompt that has been read behind the rows in flight."""
+        row = request.row
+        if row.remaining == 0:
+            self._empty_staging()
+            self._finish(request, "length")
+            return
+        for runner in self.runners:
+            runner.cache.move(self.staging, len(self.state))
+        self._empty_staging()
+        self.running[row.index] = request
+        self.state.admit([row])
+
+    def _empty_staging(self, clears: bool = False) -> None:
+        for runner in self.runners:
+            if clears:
+                runner.cache.clear(self.staging)
+            runner.cache.empty(self.staging, self.staging + 1)
+
+    def _drop_reading(self, reason: str, error: str | None = None, request: Request | None = None) -> None:
+        """End the request whose prompt is being read, or has just been."""
+        if self.reading is not None:
+            request, self.reading = self.reading.request, None
+        assert request is not None
+        self._empty_staging(clears=True)
+        if any(row is request.row for row in self.state.rows):
+            request.row.finish_reason = reason
+            self._recover()
+        self._finish(request, reason, error)
+
+    # Cycles.
+
+    def _run_cycle(self) -> None:
+        before = self._progress()
+        try:
+            rows = step(self.state, self.runners, self._policy, self.counts.speculation, self._retain)
+        except Exception as error:
+            self._end_after_fault(error, is_settled=self._progress() != before)
+            self._count_fault(error)
+            return
+        self._faults = 0
+        self.counts.cycles += 1
+        for row in rows:
+            self._deliver(self.running[row.index])
+        evict_finished(self.state, self.runners)  # whoever could not be delivered to
+
+    def _retain(self, row: Row, slot: int) -> None:
+        if row.finish_reason in FINISHED and self.prefixes.max_positions:
+            self.prefixes.keep(self.runners, slot, self._held(row, slot))
+
+    def _deliver(self, request: Request) -> None:
+        """Hand a row's new tokens out, and its end where it has come."""
+        row, first, logprobs = request.row, request.num_sent, None
+        try:
+            logprobs = request.take_logprobs()
+        except Exception as error:
+            row.finish_reason, request.failure = "error", f"its logprobs could not be made: {describe(error)}"
+        if len(row.tokens) > first:
+            request.num_sent = len(row.tokens)
+            request.handle.put(Block(tuple(row.tokens[first:]), tuple(row.sources[first:]), logprobs))
+        if row.finish_reason is not None:
+            self._finish(request, *request.ending)
+
+    # Faults.
+
+    def _progress(self) -> tuple[int, ...]:
+        """What settling a cycle changes on the host, and nothing else does."""
+        return (*self.runners.base.cache.host_lengths, sum(len(row.tokens) for row in self.state.rows))
+
+    def _end_after_fault(self, error: Exception, is_settled: bool) -> None:
+        """Choose who ends with a cycle that broke off.
+
+        Until a cycle is settled the host still knows every row as it was. So where memory has run out, the row that
+        came last is given up and the others go on; after anything else none of the rows can be trusted.
+        """
+        if is_out_of_memory(error) and not is_settled:
+            requests = [max(self.running.values(), key=lambda request: request.row.index)]
+            message = "memory ran out during a cycle, and this request was the last to come"
+        else:
+            requests = list(self.running.values())
+            message = "a cycle has failed"
+        for request in requests:
+            request.row.finish_reason = "error"
+        self._recover()
+        for request in requests:
+            self._finish(request, "error", f"{message}: {describe(error)}")
+
+    def _recover(self) -> None:
+        """Bring caches and state back to what the host knows, and take out the rows that have ended."""
+        if self.runners.graphs is not None:
+            self.runners.graphs.clear()
+        for runner in self.runners:
+            runner.cache.set_lengths(0, runner.cache.host_lengths[: len(self.state)])
+        self.state.reload()
+        evict_finished(self.state, self.runners)
+
+    def _count_fault(self, error: Exception) -> None:
+        self.counts.failed_turns += 1
+        if not is_out_of_memory(error):
+            self._faults += 1
+        if self._faults >= _MAX_FAULTS:
+            raise error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation has failed, on a device or on the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _unwanted(request: Request, now: float) -> str | None:
+    """Why a request is to end before its text does."""
+    if request.handle.is_cancelled:
+        return "cancelled"
+    return "deadline" if request.deadline is not None and now >= request.deadline else None
