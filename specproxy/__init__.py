@@ -18,11 +18,13 @@ from specproxy.errors import (
 )
 from specproxy.integrations.transformers import custom_generate
 from specproxy.model import ProxyTunedModel
+from specproxy.schedule import AlphaSchedule
 from specproxy.stats import SpeculationStats
 from specproxy.streaming import RowStreamer
 from specproxy.version import __version__
 
 __all__ = [
+    "AlphaSchedule",
     "ConfigurationError",
     "Engine",
     "EngineClosed",

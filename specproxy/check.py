@@ -1,4 +1,4 @@
-"""Whether three models fit together, what they take and what to expect: from configurations alone, without loading
+"""Whether the models fit together, what they take and what to expect: from configurations alone, without loading
 weights.
 
 `self_test` then runs a loaded trio: speculation against per-step decoding, token by token, and a timing.
@@ -57,7 +57,7 @@ class CheckReport:
 
     Args:
         models: facts per role, as far as they could be read.
-        problems: why the three cannot run together; empty where they can.
+        problems: why they cannot run together; empty where they can.
         notes: what to know beside.
         shared_vocabulary: ids that may be generated, or None.
         cost_ratio: parameters of the expert over those of the base: the ratio of their times where both are bound by
@@ -107,11 +107,11 @@ class SelfTest:
         return asdict(self) | {"is_lossless": self.is_lossless}
 
 
-def check_folders(base: str, expert: str, anti_expert: str, tokenizer: str | None = None) -> CheckReport:
-    """Read configurations and tokenizers of three folders or hub ids.
+def check_folders(base: str, expert: str, anti_expert: str | None = None, tokenizer: str | None = None) -> CheckReport:
+    """Read configurations and tokenizers of the models' folders or hub ids.
 
     Args:
-        base, expert, anti_expert: folders or hub ids.
+        base, expert, anti_expert: folders or hub ids; None for no anti-expert.
         tokenizer: of the base, where it lies elsewhere.
 
     Raises:
@@ -120,7 +120,8 @@ def check_folders(base: str, expert: str, anti_expert: str, tokenizer: str | Non
     report = CheckReport()
     widths: dict[str, int] = {}
     tokenizers: dict[str, Any] = {}
-    for role, name in ((BASE, base), (EXPERT, expert), (ANTI_EXPERT, anti_expert)):
+    names = {BASE: base, EXPERT: expert} | ({} if anti_expert is None else {ANTI_EXPERT: anti_expert})
+    for role, name in names.items():
         tokenizers[role] = find_tokenizer(tokenizer if role == BASE and tokenizer is not None else name)
         try:
             model = model_without_weights(name)
@@ -133,7 +134,7 @@ def check_folders(base: str, expert: str, anti_expert: str, tokenizer: str | Non
             check_supported(model, role)
         except SpecProxyError as error:
             report.problems.append(str(error))
-    if len(widths) == 3:
+    if len(widths) == len(names):
         try:
             report.shared_vocabulary = share_vocabulary(widths, tokenizers).size
         except SpecProxyError as error:
@@ -163,20 +164,23 @@ def model_without_weights(name: str) -> Any:
 
 
 def _expect(report: CheckReport) -> None:
-    base, expert, anti_expert = (report.models[role].num_parameters for role in (BASE, EXPERT, ANTI_EXPERT))
-    if expert != anti_expert:
+    sizes = {role: facts.num_parameters for role, facts in report.models.items()}
+    has_anti_expert = ANTI_EXPERT in sizes
+    if not has_anti_expert:
+        report.notes.append("no anti-expert: the expert's logits are added as they are, which is not proxy-tuning.")
+    elif sizes[EXPERT] != sizes[ANTI_EXPERT]:
         report.notes.append("expert and anti-expert differ in size: they should be one model, tuned and untuned.")
-    report.cost_ratio = ratio = expert / base
+    report.cost_ratio = ratio = sizes[EXPERT] / sizes[BASE]
     if ratio > 0.6:
         report.notes.append("the pair is nearly as large as the base: drafting can hardly pay.")
     for acceptance in _ACCEPTANCE_LEVELS:
-        count = best_num_draft_tokens(acceptance, ratio)
+        count = best_num_draft_tokens(acceptance, ratio, has_anti_expert=has_anti_expert)
         report.expectations.append(
             {
                 "acceptance": acceptance,
                 "num_draft_tokens": count,
-                "over_per_step": speedup_over_per_step(acceptance, ratio, count),
-                "over_base": speedup_over_base(acceptance, ratio, count),
+                "over_per_step": speedup_over_per_step(acceptance, ratio, count, has_anti_expert),
+                "over_base": speedup_over_base(acceptance, ratio, count, has_anti_expert),
             }
         )
 

@@ -104,7 +104,7 @@ def _run(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
     state.widen(bucket(len(state), state.max_rows))
     runners.reserve_window(len(state), plan.num_drafts + 1)
     return runners.graphs.run(
-        key=("cycle", plan, state.width, state.rule, *state.warp_features),
+        key=("cycle", plan, state.width, state.rule, state.has_schedules, *state.warp_features),
         generation=(runners.generation, state.start.data_ptr()),
         run=lambda: cycle(state, runners, plan),
         changed=[*state.changing, *runners.lengths],

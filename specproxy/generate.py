@@ -21,6 +21,7 @@ from specproxy.errors import ConfigurationError, LogitsError, PromptError
 from specproxy.options import GenerationOptions
 from specproxy.policy import AdaptiveWindow, FixedWindow, WindowPolicy
 from specproxy.rows import check_ids, check_lengths, end_ids, make_row, pair_strengths
+from specproxy.schedule import CONSTANT, AlphaSchedule
 from specproxy.state import BASE, DecodeState, Row
 from specproxy.stats import SpeculationStats
 from specproxy.trio import Trio
@@ -43,6 +44,7 @@ def generate(
     *,
     options: GenerationOptions,
     alpha: float | Sequence[float] | Tensor | None = None,
+    alpha_schedule: AlphaSchedule | Sequence[AlphaSchedule | None] | None = None,
     seed: int | Sequence[int] | Tensor | None = None,
     generator: torch.Generator | None = None,
     role_prompts: dict[str, tuple[Tensor | None, Tensor | None]] | None = None,
@@ -57,6 +59,9 @@ def generate(
     eos = end_ids(trio, options.eos_token_id)
     pad = _pad_id(trio, options.pad_token_id, eos)
     prompts = {BASE: _prompt_rows(trio, BASE, "input_ids", input_ids, attention_mask, pad, eos)}
+    for role, (ids, mask) in (role_prompts or {}).items():
+        if role not in trio.models and (ids is not None or mask is not None):
+            raise PromptError(f"{role}_input_ids was given, but the model has no {role}; leave it out.")
     for role in trio.models:
         if role != BASE:
             ids, mask = (role_prompts or {}).get(role, (None, None))
@@ -78,6 +83,7 @@ def generate(
     # Normalisation changes recorded scores, no law: without them it is spared.
     law = options.law if options.output_scores else replace(options.law, renormalize_logits=None)
     keys = _row_keys(batch, seed, generator, options.law.sampling.do_sample)
+    schedules = _schedules(alpha_schedule, batch, copies)
     rows = [
         make_row(
             trio,
@@ -90,6 +96,7 @@ def generate(
             max_new_tokens=most,
             eos_token_ids=eos,
             stopping_criteria=stopping,
+            schedule=schedules[i],
         )
         for i, strengths in enumerate(_alphas(trio, alpha, batch, copies))
     ]
@@ -272,6 +279,20 @@ def _alphas(
     if len(values) != batch:
         raise ConfigurationError(f"alpha has {len(values)} values for {batch} rows; give one number, or one per row.")
     return [pair_strengths(trio, value) for value in values]
+
+
+def _schedules(
+    schedule: AlphaSchedule | Sequence[AlphaSchedule | None] | None, batch: int, copies: int
+) -> list[AlphaSchedule]:
+    """Each row's schedule: one for the call, or one per row or prompt, None where its strengths are constant."""
+    given = [schedule] * batch if schedule is None or isinstance(schedule, AlphaSchedule) else schedule
+    if not isinstance(given, Sequence) or not all(one is None or isinstance(one, AlphaSchedule) for one in given):
+        raise ConfigurationError(f"alpha_schedule={schedule!r} is no schedule; give an AlphaSchedule, or one per row.")
+    if len(given) * copies == batch:
+        given = [one for one in given for _ in range(copies)]
+    if len(given) != batch:
+        raise ConfigurationError(f"alpha_schedule has {len(given)} values for {batch} rows; give one, or one per row.")
+    return [CONSTANT if one is None else one for one in given]
 
 
 def _row_keys(

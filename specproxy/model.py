@@ -1,4 +1,4 @@
-"""`ProxyTunedModel`, the public face: three models that generate as one."""
+"""`ProxyTunedModel`, the public face: several models that generate as one."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from specproxy.config import check_alpha
 from specproxy.errors import ConfigurationError
 from specproxy.generate import GenerateOutput, generate
 from specproxy.options import parse_options
+from specproxy.schedule import AlphaSchedule
 from specproxy.state import ANTI_EXPERT, BASE, EXPERT
 from specproxy.trio import Trio
-from specproxy_kernels import LogitPair, combine_logits
+from specproxy_kernels import combine_logits
 
 __all__ = ["ProxyTunedModel", "find_tokenizer"]
 
@@ -29,17 +30,19 @@ __all__ = ["ProxyTunedModel", "find_tokenizer"]
 class ProxyTunedModel:
     """A large untuned base, steered by a small expert minus the same small model untuned.
 
-    The law of every token is softmax(warp(s_base + alpha * (s_expert - s_anti))). The models stay the caller's: they
-    are borrowed for the duration of a call and behave as before between calls.
+    The law of every token is softmax(warp(s_base + alpha * (s_expert - s_anti))). Further pairs add terms of their own,
+    and a pair may do without its anti-expert, so that steering by an expert alone and contrast against an amateur (a
+    negative alpha) are the same arithmetic. The models stay the caller's: they are borrowed for the duration of a call
+    and behave as before between calls.
 
     Args:
         base: the large model, a loaded Transformers causal language model.
         expert: the small tuned model.
-        anti_expert: the small model untuned.
+        anti_expert: the small model untuned; without one (None) the term is alpha * s_expert.
         tokenizer: of the base; names the ids that may be generated. Without any tokenizer these are all ids below the
             smallest logit width.
         alpha: proxy strength, any finite number; 0 is the base alone.
-        further_pairs: (expert, anti_expert, alpha) of pairs beyond the first, each adding its own difference; the
+        further_pairs: (expert, anti_expert or None, alpha) of pairs beyond the first, each adding its own term; the
             first pair's expert drafts.
         expert_tokenizer, anti_expert_tokenizer: where given, checked against `tokenizer`.
 
@@ -62,13 +65,13 @@ class ProxyTunedModel:
         self,
         base: PreTrainedModel,
         expert: PreTrainedModel,
-        anti_expert: PreTrainedModel,
+        anti_expert: PreTrainedModel | None = None,
         tokenizer: Any = None,
         alpha: float = 1.0,
         *,
         expert_tokenizer: Any = None,
         anti_expert_tokenizer: Any = None,
-        further_pairs: Sequence[tuple[PreTrainedModel, PreTrainedModel, float]] = (),
+        further_pairs: Sequence[tuple[PreTrainedModel, PreTrainedModel | None, float]] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.expert_tokenizer = expert_tokenizer if expert_tokenizer is not None else tokenizer
@@ -87,7 +90,7 @@ class ProxyTunedModel:
         base: str,
         *,
         expert: str,
-        anti_expert: str,
+        anti_expert: str | None = None,
         alpha: float = 1.0,
         tokenizer: Any = None,
         dtype: Any = None,
@@ -98,14 +101,14 @@ class ProxyTunedModel:
         anti_expert_kwargs: dict[str, Any] | None = None,
         progress: bool = True,
     ) -> ProxyTunedModel:
-        """Load three models from local folders or a hub.
+        """Load the models from local folders or a hub.
 
         Args:
-            base, expert, anti_expert: folders or hub ids.
+            base, expert, anti_expert: folders or hub ids; None for no anti-expert.
             alpha: proxy strength.
             tokenizer: a tokenizer, folder or hub id for the base; by default that of its folder. Tokenizers found
                 beside expert and anti-expert are checked against it.
-            dtype, device_map, quantization_config: of all three models, as in `AutoModelForCausalLM.from_pretrained`.
+            dtype, device_map, quantization_config: of all models, as in `AutoModelForCausalLM.from_pretrained`.
             base_kwargs, expert_kwargs, anti_expert_kwargs: further keyword arguments of one model; they override the
                 shared ones.
             progress: show one progress bar on stderr.
@@ -119,7 +122,7 @@ class ProxyTunedModel:
         check_alpha(alpha)
         shared = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
         shared = {name: value for name, value in shared.items() if value is not None}
-        names = {BASE: base, EXPERT: expert, ANTI_EXPERT: anti_expert}
+        names = {BASE: base, EXPERT: expert} | ({} if anti_expert is None else {ANTI_EXPERT: anti_expert})
         own = {BASE: base_kwargs, EXPERT: expert_kwargs, ANTI_EXPERT: anti_expert_kwargs}
         tokenizers = {role: find_tokenizer(name) for role, name in names.items()}
         if tokenizer is not None:
@@ -136,11 +139,11 @@ class ProxyTunedModel:
         return cls(
             models[BASE],
             models[EXPERT],
-            models[ANTI_EXPERT],
+            models.get(ANTI_EXPERT),
             tokenizers[BASE],
             alpha,
             expert_tokenizer=tokenizers[EXPERT],
-            anti_expert_tokenizer=tokenizers[ANTI_EXPERT],
+            anti_expert_tokenizer=tokenizers.get(ANTI_EXPERT),
         )
 
     @classmethod
@@ -175,9 +178,9 @@ class ProxyTunedModel:
         return self._trio.models[EXPERT]
 
     @property
-    def anti_expert(self) -> PreTrainedModel:
-        """The small model untuned."""
-        return self._trio.models[ANTI_EXPERT]
+    def anti_expert(self) -> PreTrainedModel | None:
+        """The small model untuned; None where the first pair has none."""
+        return self._trio.models.get(ANTI_EXPERT)
 
     @property
     def vocab_size(self) -> int:
@@ -241,9 +244,7 @@ class ProxyTunedModel:
             for role, model in self._trio.models.items()
         }
         strength = torch.ones(input_ids.shape, dtype=torch.float64, device=self.device)
-        pairs = [
-            LogitPair(logits[pair.expert], logits[pair.anti_expert], pair.alpha * strength) for pair in self._trio.pairs
-        ]
+        pairs = [pair.term(logits, pair.alpha * strength) for pair in self._trio.pairs]
         allowed = self._trio.vocabulary.allowed
         allowed = None if allowed is None else allowed.to(self.device)
         combined, _ = combine_logits(logits[BASE], pairs, self.vocab_size, allowed)
@@ -270,6 +271,7 @@ class ProxyTunedModel:
         seed: int | Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
         alpha: float | Sequence[float] | Tensor | None = None,
+        alpha_schedule: AlphaSchedule | Sequence[AlphaSchedule | None] | None = None,
         expert_input_ids: Tensor | None = None,
         expert_attention_mask: Tensor | None = None,
         anti_expert_input_ids: Tensor | None = None,
@@ -300,6 +302,7 @@ class ProxyTunedModel:
             seed: an int for the call, or one per row; then a row's tokens depend on its own seed alone.
             generator: where the rows' keys come from without a seed; torch's global generator by default.
             alpha: overrides the first pair's strength, for the call or per row; [B, pairs] overrides all.
+            alpha_schedule: an `AlphaSchedule`, or one per row: how all strengths change over the new tokens.
             expert_input_ids, anti_expert_input_ids: a role's own prompts [B, S'], else it reads `input_ids`.
             expert_attention_mask, anti_expert_attention_mask: their masks.
             streamer: one of Transformers' (one sequence) or a `RowStreamer`.
@@ -341,6 +344,7 @@ class ProxyTunedModel:
             attention_mask,
             options=options,
             alpha=alpha,
+            alpha_schedule=alpha_schedule,
             seed=seed,
             generator=generator,
             role_prompts={
@@ -381,13 +385,14 @@ class ProxyTunedModel:
             raise ConfigurationError("tokenizer=None: chat needs text; construct the model with a tokenizer.")
         conversation = check_messages(messages)
         base = render_prompt(conversation, base_template, self.tokenizer, "base_template")
-        prompts = {
-            "": base,
-            "expert_": render_prompt(conversation, expert_template, self.expert_tokenizer, "expert_template"),
-            "anti_expert_": base
-            if anti_expert_template is None
-            else render_prompt(conversation, anti_expert_template, self.tokenizer, "anti_expert_template"),
-        }
+        expert = render_prompt(conversation, expert_template, self.expert_tokenizer, "expert_template")
+        prompts = {"": base, "expert_": expert}
+        if anti_expert_template is not None:
+            if self.anti_expert is None:
+                raise ConfigurationError("anti_expert_template was given, but the model has no anti_expert; remove it.")
+            prompts["anti_expert_"] = render_prompt(
+                conversation, anti_expert_template, self.tokenizer, "anti_expert_template"
+            )
         for prefix, (prompt, adds_special_tokens) in prompts.items():
             tokenizer = self.expert_tokenizer if prefix == "expert_" else self.tokenizer
             encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=adds_special_tokens)

@@ -13,6 +13,7 @@ from torch import Tensor
 from specproxy.config import check_alpha, check_integer
 from specproxy.errors import ConfigurationError, PromptError
 from specproxy.processors import LawOptions, row_law
+from specproxy.schedule import CONSTANT, AlphaSchedule
 from specproxy.state import BASE, Row, StoppingCriterion
 from specproxy.trio import Trio
 
@@ -108,6 +109,7 @@ def make_row(
     max_new_tokens: int,
     eos_token_ids: frozenset[int],
     stopping_criteria: Sequence[StoppingCriterion] = (),
+    schedule: AlphaSchedule = CONSTANT,
 ) -> Row:
     """One row, its law made from the options of its call; arguments as in `Row` and `row_law`.
 
@@ -131,4 +133,5 @@ def make_row(
         max_new_tokens=max_new_tokens,
         eos_token_ids=eos_token_ids,
         stopping_criteria=stopping_criteria,
+        schedule=schedule,
     )

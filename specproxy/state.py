@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specproxy.config import MAX_DRAFT_TOKENS
 from specproxy.processors import RowLaw
+from specproxy.schedule import CONSTANT, SCHEDULE_SIZE, AlphaSchedule, scheduled_strengths
 from specproxy.stats import SpeculationStats
 from specproxy.warp import build_warp, needs_seen_tokens
 from specproxy_kernels import DraftLaw, NoiseStream, WarpParameters, pack_allowed_tokens
@@ -41,7 +42,7 @@ class Row:
         index: the row's place in its call.
         prompts: per role, its prompt's ids, unpadded and not empty.
         law: how its combined logits become a law.
-        alphas: proxy strength of each pair.
+        alphas: strength of each pair.
         key: its noise key, 64 bits as int64.
         max_new_tokens: tokens after which it ends.
         eos_token_ids: tokens that end it; the token itself is kept.
@@ -49,6 +50,7 @@ class Row:
         max_draft_tokens: drafts that it takes part with at most, whatever the window.
         statistics: where given, takes the row's own counts.
         keeps_logits: whether it keeps the combined logits of its tokens, beside what the state records.
+        schedule: how the strengths change over its tokens.
     """
 
     index: int
@@ -62,6 +64,7 @@ class Row:
     max_draft_tokens: int = MAX_DRAFT_TOKENS
     statistics: SpeculationStats | None = None
     keeps_logits: bool = False
+    schedule: AlphaSchedule = CONSTANT
     tokens: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     finish_reason: str | None = None  # one of FINISHED, "error", or whatever else somebody took it out for
@@ -164,9 +167,11 @@ class DecodeState:
         self._host_allowed = None if allowed is None else allowed.cpu()
         self._buffers = {} if buffers is None else buffers
         self._uses_seen = False
+        self.has_schedules = False
         for name in (*self.roles, "start", "key", "remaining", "most_drafts"):
             self._buffer(name).zero_()
-        self._buffer("alpha", (len(self.roles) - 1) // 2, dtype=torch.float64).zero_()
+        num_pairs = sum(role.startswith(EXPERT) for role in self.roles)
+        self._buffer("alpha", num_pairs, dtype=torch.float64).zero_()
         self._warp: WarpParameters | None = None
         self._look(0)
 
@@ -194,6 +199,7 @@ class DecodeState:
         self.alpha = buffers["alpha"][:width]  # [B, pairs]
         self.remaining = buffers["remaining"][:width]  # [B], tokens left in each row's budget
         self.most_drafts = buffers["most_drafts"][:width]  # [B]
+        self._schedule = buffers["schedule"][:width] if self.has_schedules else None  # float64 [B, SCHEDULE_SIZE]
         self.seen = buffers["seen"][:width] if self._uses_seen else None  # bool [B, V]
 
     def _write(self, name: str, first: int, values: Sequence[Any]) -> None:
@@ -222,6 +228,7 @@ class DecodeState:
         self._write("remaining", first, [row.remaining for row in rows])
         self._write("most_drafts", first, [row.max_draft_tokens for row in rows])
         self._write("alpha", first, [row.alphas for row in rows])
+        self._load_schedules(first)
         if not self._uses_seen and needs_seen_tokens([row.law.sampling for row in rows]):
             self._uses_seen = True
             first = 0
@@ -230,6 +237,15 @@ class DecodeState:
             seen[first : len(self.rows)] = self._seen(self.rows[first:])
         self._rebuild()
 
+    def _load_schedules(self, first: int) -> None:
+        """Write the schedules of rows from `first` on; of all where this is the first that changes a strength."""
+        if not self.has_schedules and not all(row.schedule.is_constant for row in self.rows[first:]):
+            self.has_schedules = True
+            self._buffer("schedule", SCHEDULE_SIZE, dtype=torch.float64)
+            first = 0
+        if self.has_schedules:
+            self._write("schedule", first, [row.schedule.numbers for row in self.rows[first:]])
+
     def keep(self, slots: list[int]) -> None:
         """Keep the given rows, in the given order; those behind them become idle."""
         count, before = len(slots), len(self.rows)
@@ -237,6 +253,7 @@ class DecodeState:
         index = torch.tensor(slots, dtype=torch.long).to(self.device)
         moving = [*self.roles, "start", "key", "remaining", "most_drafts", "alpha"]
         moving += ["seen"] if self._uses_seen else []
+        moving += ["schedule"] if self.has_schedules else []
         for name in moving:
             self._buffers[name][:count] = self._buffers[name][index]
         self._buffers["remaining"][count:before] = 0
@@ -347,6 +364,21 @@ class DecodeState:
     def num_drafts(self, count: int) -> Tensor:
         """int64 [B], drafts of each row in a window of `count` of them: the last token of its budget is never one."""
         return (self.remaining - 1).minimum(self.most_drafts).clamp(0, count)
+
+    def strengths(self, window: int, depth: Tensor | None = None) -> Tensor:
+        """The pairs' alpha over the coming window.
+
+        Args:
+            window: W.
+            depth: int64 [W], how many tokens each position stands behind the first; by default 0 .. W - 1.
+
+        Returns:
+            float64 [B, W, pairs].
+        """
+        if self._schedule is None:
+            return self.alpha[:, None].expand(-1, window, -1)
+        depth = torch.arange(window, device=self.device) if depth is None else depth
+        return scheduled_strengths(self.alpha, self._schedule, self.start[:, None] + depth)
 
     def noise(self) -> NoiseStream:
         """The noise of the cycle that starts now."""

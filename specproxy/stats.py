@@ -24,7 +24,8 @@ class SpeculationStats:
         drafted_per_position: how often a draft at each window position was verified.
         token_sources: per row and new token, "draft" (proposed by the drafter and accepted) or "target" (residual or
             bonus).
-        seconds: time of the call: "total", forwards of "expert", "anti_expert" and "base", and "other", the rest.
+        seconds: time of the call: "total", forwards of "expert", "anti_expert" (where there is one) and "base", and
+            "other", the rest.
         kernels: what computed drafts and acceptance, "triton" or "torch".
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
@@ -19,17 +19,23 @@ from specproxy.graphs import Branches, Graphs, make_graphs
 from specproxy.runner import Runner, check_supported, logits_width, position_limit
 from specproxy.state import ANTI_EXPERT, BASE, EXPERT
 from specproxy.vocab import share_vocabulary
+from specproxy_kernels import LogitPair
 
 __all__ = ["Trio", "TrioRunners"]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Roles of one expert and its anti-expert, and the pair's strength."""
+    """Roles of one expert and its anti-expert, None where it has none, and the pair's strength."""
 
     expert: str
-    anti_expert: str
+    anti_expert: str | None
     alpha: float
+
+    def term(self, logits: Mapping[str, Tensor], strength: Tensor) -> LogitPair:
+        """The pair's term of the logit arithmetic, from logits [B, W, .] per role and strengths [B, W]."""
+        anti_expert = None if self.anti_expert is None else logits[self.anti_expert]
+        return LogitPair(logits[self.expert], anti_expert, strength)
 
 
 class TrioRunners:
@@ -60,7 +66,7 @@ class TrioRunners:
         self._pinned: Tensor | None = None
         self.state_buffers: dict[str, Tensor] = {}  # of the decode state, which captures refer to as they do to caches
         self.by_role = {role: Runner(model, role, max_rows, graphs) for role, model in models.items()}
-        self.base, self.expert, self.anti_expert = (self.by_role[role] for role in (BASE, EXPERT, ANTI_EXPERT))
+        self.base, self.expert = (self.by_role[role] for role in (BASE, EXPERT))
         self.branches = Branches(self.base.device if overlaps and self.base.device.type == "cuda" else None)
         self.reserve(capacity)
 
@@ -121,11 +127,12 @@ class Trio:
     """A base and one or several pairs of loaded models that share a vocabulary.
 
     Args:
-        base, expert, anti_expert: Transformers causal language models; two roles may be one object.
+        base, expert, anti_expert: Transformers causal language models; two roles may be one object. Without an
+            anti-expert (None) the pair's term is alpha * s_expert.
         tokenizers: per role, a tokenizer or None.
         alpha: strength of the pair.
-        further_pairs: (expert, anti_expert, alpha) of pairs beyond the first; their roles are expert_2, anti_expert_2,
-            ...
+        further_pairs: (expert, anti_expert or None, alpha) of pairs beyond the first; their roles are expert_2,
+            anti_expert_2, ...
 
     Raises:
         UnsupportedModelError: for an architecture that cannot run here.
@@ -136,17 +143,20 @@ class Trio:
         self,
         base: PreTrainedModel,
         expert: PreTrainedModel,
-        anti_expert: PreTrainedModel,
+        anti_expert: PreTrainedModel | None,
         tokenizers: dict[str, Any],
         alpha: float = 1.0,
-        further_pairs: Sequence[tuple[PreTrainedModel, PreTrainedModel, float]] = (),
+        further_pairs: Sequence[tuple[PreTrainedModel, PreTrainedModel | None, float]] = (),
     ) -> None:
-        self.models = {BASE: base, EXPERT: expert, ANTI_EXPERT: anti_expert}
-        self.pairs = [Pair(EXPERT, ANTI_EXPERT, check_alpha(alpha))]
-        for i, (further_expert, further_anti_expert, further_alpha) in enumerate(further_pairs, start=2):
-            pair = Pair(f"{EXPERT}_{i}", f"{ANTI_EXPERT}_{i}", check_alpha(further_alpha))
-            self.models |= {pair.expert: further_expert, pair.anti_expert: further_anti_expert}
-            self.pairs.append(pair)
+        self.models = {BASE: base}
+        self.pairs: list[Pair] = []
+        for i, (pair_expert, pair_anti_expert, strength) in enumerate([(expert, anti_expert, alpha), *further_pairs]):
+            suffix = f"_{i + 1}" if i else ""
+            anti_role = None if pair_anti_expert is None else ANTI_EXPERT + suffix
+            self.models[EXPERT + suffix] = pair_expert
+            if anti_role is not None and pair_anti_expert is not None:
+                self.models[anti_role] = pair_anti_expert
+            self.pairs.append(Pair(EXPERT + suffix, anti_role, check_alpha(strength)))
         for role, model in self.models.items():
             check_supported(model, role)
         self.widths = {role: logits_width(model) for role, model in self.models.items()}

@@ -29,7 +29,7 @@ class WindowLogits:
 
     by_role: dict[str, Tensor]
     pair_roles: list[Pair]
-    alpha: Tensor  # [B, pairs]
+    strengths: Tensor  # [B, W, pairs]
     window: int
     combined: Tensor = field(default_factory=lambda: torch.empty(0))
     processed: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -47,14 +47,7 @@ class WindowLogits:
 
     def pairs(self) -> list[LogitPair]:
         """The pairs of the logit arithmetic, as far as the expert's logits reach."""
-        return [
-            LogitPair(
-                self.by_role[pair.expert],
-                self.by_role[pair.anti_expert],
-                self.alpha[:, i : i + 1].expand(-1, self.window),
-            )
-            for i, pair in enumerate(self.pair_roles)
-        ]
+        return [pair.term(self.by_role, self.strengths[..., i]) for i, pair in enumerate(self.pair_roles)]
 
     def resolve(self, state: DecodeState, drafts: Tensor) -> None:
         """Combine, process and warp the positions that have been scored since the last call."""
@@ -77,18 +70,17 @@ class WindowLogits:
 
     def combined_row(self, state: DecodeState, row: int, count: int) -> Tensor:
         """One row's combined logits [count, V] at its first positions, before processors and warp."""
-        lines, here = slice(row, row + 1), slice(0, count)
-        pairs = [
-            LogitPair(pair.expert[lines], pair.anti_expert[lines], pair.alpha[lines])  # type: ignore[index]
-            for pair in (pair_at(pair, here) for pair in self.pairs())
-        ]
-        return combine_logits(self.base[lines, here], pairs, state.vocab_size, state.shared_ids)[0][0]
+        lines = {role: logits[row : row + 1, :count] for role, logits in self.by_role.items()}
+        strengths = self.strengths[row : row + 1, :count]
+        pairs = [pair.term(lines, strengths[..., i]) for i, pair in enumerate(self.pair_roles)]
+        return combine_logits(lines[BASE], pairs, state.vocab_size, state.shared_ids)[0][0]
 
     def unusable_roles(self, row: int, position: int) -> list[str]:
-        """Roles whose logits of one position hold NaN or +inf; the anti-experts where it is their -inf alone."""
+        """Roles whose logits of one position hold NaN or +inf; else anti-experts with -inf; else it is their sum."""
         lines = {role: logits[row, position] for role, logits in self.by_role.items()}
         roles = [role for role, line in lines.items() if bool((line.isnan() | (line == inf)).any())]
-        return roles or [pair.anti_expert for pair in self.pair_roles]
+        anti_experts = [pair.anti_expert for pair in self.pair_roles if pair.anti_expert is not None]
+        return roles or [role for role in anti_experts if bool((lines[role] == -inf).any())] or ["target"]
 
 
 def score_window(state: DecodeState, runners: TrioRunners, draft: Draft) -> WindowLogits:
@@ -105,7 +97,7 @@ def score_window(state: DecodeState, runners: TrioRunners, draft: Draft) -> Wind
         for role in runners.by_role
         if role not in by_role
     }
-    window = WindowLogits(by_role, runners.pairs, state.alpha, draft.count + 1)
+    window = WindowLogits(by_role, runners.pairs, state.strengths(draft.count + 1), draft.count + 1)
     branches = runners.branches
     for role, tokens in inputs.items():
         if role != BASE:

@@ -41,6 +41,7 @@ class LoopCase:
         settings: arguments of `generate`, named as there.
         ids: what the tokenizer knows; the other ids of the models are padding.
         correlation: the expert is the base with its output layer times this: negative values oppose draft and target.
+        shares: what is left of alpha at each token, where the settings make it change.
         length: tokens whose joint law is compared; generation goes on for `extra` more, so that windows cross its end.
     """
 
@@ -53,6 +54,7 @@ class LoopCase:
     extra: int = 0
     alpha: float = 1.0
     seed: int = 0
+    shares: tuple[float, ...] | None = None
 
     def __str__(self) -> str:
         parts = [f"{self.rule}-G{self.num_drafts}", *(f"{name}={value}" for name, value in self.settings.items())]
@@ -107,9 +109,10 @@ def exact_law(case: LoopCase, prompt: Sequence[int]) -> np.ndarray:
     trio = models(case.correlation, case.seed)
     vocab = case.ids[-1] + 1
     allowed = np.isin(np.arange(vocab), case.ids)
-    arguments = {name: value for name, value in case.settings.items() if name != "top_k"}
+    arguments = {name: value for name, value in case.settings.items() if name not in ("top_k", "alpha_schedule")}
     law = np.ones(())
     for depth in range(case.length):
+        alpha = case.alpha * (1.0 if case.shares is None else case.shares[depth])
         prefixes = list(itertools.product(range(vocab), repeat=depth))
         ids = torch.tensor([[*prompt, *prefix] for prefix in prefixes])
         with torch.no_grad():
@@ -117,7 +120,7 @@ def exact_law(case: LoopCase, prompt: Sequence[int]) -> np.ndarray:
         step = np.empty((vocab,) * (depth + 1))
         for row, prefix in enumerate(prefixes):
             base, expert, anti_expert = (part[row] for part in scores)
-            combined, bad = combine(base, [(expert, anti_expert, case.alpha)], vocab)
+            combined, bad = combine(base, [(expert, anti_expert, alpha)], vocab)
             assert not bad
             seen = {*prompt, *prefix} if "repetition_penalty" in arguments else ()
             warped = warp(combined, **arguments, top_k=case.settings.get("top_k", 0), seen=seen, allowed=allowed)

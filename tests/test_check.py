@@ -318,7 +318,7 @@ def test_command_checks_the_embedded_trio(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--base", "b"), "missing: --expert, --anti-expert"),
+        (("--base", "b"), "missing: --expert"),
         (("--base", "./b", "--expert", "./e", "--anti-expert", "./a"), "./b"),
         (("--base", "b", "--expert", "e", "--anti-expert", "a", "--dtype", "float64"), "add --run"),
         (("--alpha", "1"), "No such option: --alpha"),

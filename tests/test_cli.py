@@ -19,7 +19,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from specproxy import cli, demo, options
+from specproxy import AlphaSchedule, cli, demo, options
 from specproxy.commands import generate as command
 from specproxy.commands.report import Comparison, print_report, split_tokens
 from specproxy.model import ProxyTunedModel
@@ -261,6 +261,26 @@ def test_models_of_ones_own(run: Run, folder: Path, tiny: Any) -> None:
     assert run(*SHORT, "Hello", *own, "--device", "cpu")[:2] == (0, out)
 
 
+def test_an_expert_alone(run: Run, folder: Path, tiny: Any) -> None:
+    names = ("--base", str(folder / "base"), "--expert", str(folder / "expert-python"))
+    code, out, err = run(*SHORT, "Hello", *names, "--alpha", "0.5")
+    assert (code, err) == (0, "note: without --anti-expert the expert's logits are added as they are.\n")
+    trio = tiny("python", dtype=torch.float64)
+    lone = ProxyTunedModel(trio.base, trio.expert, tokenizer=trio.tokenizer)
+    assert out == expected(lone, "Hello", alpha=0.5) + "\n"
+    code, out, _ = run("check", *names)
+    assert code == 0 and "which is not proxy-tuning" in " ".join(out.split())
+    assert run("vllm-config", *names, "--out", str(folder / "out"))[2].startswith("error: the anti_expert is missing")
+
+
+def test_a_strength_that_changes(run: Run, tiny: Any) -> None:
+    code, out, _ = run(*SHORT, "Hello", "--alpha", "3", "--alpha-cutoff", "4", "--alpha-half-life", "2")
+    schedule = AlphaSchedule(cutoff=4, half_life=2)
+    model = tiny(dtype=torch.float64)
+    assert code == 0 and out == expected(model, "Hello", alpha=3.0, alpha_schedule=schedule) + "\n"
+    assert out != expected(model, "Hello", alpha=3.0) + "\n"
+
+
 # Errors.
 
 TRIO = ("--base", "b", "--expert", "e", "--anti-expert", "a")
@@ -275,9 +295,11 @@ TRIO = ("--base", "b", "--expert", "e", "--anti-expert", "a")
         (("generate", "--dtype", "int8"), "'float32', 'bfloat16'"),
         (("generate", "--max-new-tokens", "x"), "--max-new-tokens"),
         (("generate", "--json", "--stream"), "--json and --stream exclude each other"),
-        (("generate", "--base", "b", "x"), "go together; missing: --expert, --anti-expert"),
+        (("generate", "--base", "b", "x"), "go together; missing: --expert"),
         (("generate", *TRIO[2:], "x"), "go together; missing: --base"),
-        (("generate", *TRIO[:4], "x"), "go together; missing: --anti-expert"),
+        (("generate", *TRIO[4:], "x"), "go together; missing: --base, --expert"),
+        (("generate", "--alpha-cutoff", "-1"), "cutoff=-1"),
+        (("generate", "--alpha-floor", "0.5"), "floor=0.5 bounds a decay"),
         (("generate", *TRIO, "--demo", "python", "x"), "--demo and --base, --expert, --anti-expert exclude"),
         (("generate", *TRIO), "models of your own need a prompt"),
         (("generate", "--demo", "poetry"), "--demo=poetry is not a task; use one of arithmetic, python"),
@@ -452,6 +474,8 @@ def test_readme_example_runs(
         assert scope["model"].dtype == torch.bfloat16
     elif "reply" in scope:
         assert lines[-1].split()[0] == "4" and len(scope["reply"].messages) == 4
+    elif "contrast" in scope:
+        assert len(lines) >= 3 and scope["early"].shape == scope["away"].shape == (1, scope["ids"].shape[1] + 24)
     elif "both" in scope:
         assert len(scope["both"].generate(scope["ids"], max_new_tokens=2)) == 2
     elif "streamer" in scope:
@@ -469,8 +493,17 @@ def test_readme_example_runs(
 
 
 def test_readme_has_every_kind_of_example() -> None:
-    assert len(EXAMPLES_OF_README) == 9
-    kinds = ("from_pretrained", "chat(", "further_pairs", "RowStreamer", "custom_generate(", "pipeline(", "cuda_graphs")
+    assert len(EXAMPLES_OF_README) == 10
+    kinds = (
+        "from_pretrained",
+        "chat(",
+        "further_pairs",
+        "AlphaSchedule",
+        "RowStreamer",
+        "custom_generate(",
+        "pipeline(",
+        "cuda_graphs",
+    )
     for name in kinds:
         assert sum(name in example for example in EXAMPLES_OF_README) == 1, name
 

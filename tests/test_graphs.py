@@ -17,7 +17,7 @@ from transformers import LogitsProcessor
 
 import specproxy.cache
 import specproxy.trio
-from specproxy import ConfigurationError, GraphCaptureError, ProxyTunedModel
+from specproxy import AlphaSchedule, ConfigurationError, GraphCaptureError, ProxyTunedModel
 from specproxy.graphs import Graphs, bucket, make_graphs
 from specproxy.state import DecodeState
 from specproxy_kernels import NoiseStream, reference
@@ -46,6 +46,7 @@ LAWS: dict[str, dict[str, Any]] = {
     "plain": {"top_k": 0},
     "all": {"top_k": 12, "top_p": 0.9, "min_p": 0.02, "temperature": 1.2, "repetition_penalty": 1.3},
     "banned": {"top_k": 0, "suppress_tokens": [1, 5, 8]},
+    "a schedule": {"top_k": 0, "alpha_schedule": AlphaSchedule(cutoff=5, half_life=3)},
     "a ban that ends": {"top_k": 0, "min_new_tokens": 4, "eos_token_id": 3},
     "processor": {"top_k": 6, "logits_processor": [FavourOdd()]},
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from specproxy import AlphaSchedule
 from specproxy.config import SamplingParameters
 from specproxy.processors import RowLaw, TokenBan
 from specproxy.state import ANTI_EXPERT, BASE, EXPERT, DecodeState, Row
@@ -87,6 +89,20 @@ def test_tokens_seen_before_the_first_penalty_count():
     state.admit([row(1, repetition_penalty=1.5)])
     assert state.seen is not None
     assert [line.nonzero()[:, 0].tolist() for line in state.seen] == [[1, 2, 33], [1, 3]]
+
+
+def test_rows_in_flight_keep_their_strength_when_another_brings_a_schedule():
+    state = empty()
+    state.admit([row(0), row(1)])
+    assert not state.has_schedules and state.strengths(2)[..., 0].tolist() == [[0.5, 0.5], [1.5, 1.5]]
+    state.admit([replace(row(2), schedule=AlphaSchedule(half_life=1)), row(3)])
+    assert state.strengths(3)[..., 0].tolist() == [[0.5] * 3, [1.5] * 3, [2.5, 1.25, 0.625], [3.5] * 3]
+    place = state._buffers["schedule"].data_ptr()
+    state.commit(torch.tensor([[8, 9]] * 4), torch.tensor([1, 1, 1, 1]), torch.tensor([3, 3, 3, 3]))
+    state.keep([3, 2])
+    assert state.strengths(2)[..., 0].tolist() == [[3.5] * 2, [0.625, 0.3125]]
+    assert state.strengths(3, torch.tensor([0, 1, 1]))[1, :, 0].tolist() == [0.625, 0.3125, 0.3125]
+    assert state._buffers["schedule"].data_ptr() == place
 
 
 def test_a_ban_that_ends_needs_the_host_until_then():

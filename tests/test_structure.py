@@ -35,7 +35,13 @@ LAYERS = [
     {"specproxy.errors", "specproxy.version", "specproxy.streaming", "specproxy.theory", "specproxy.costs"},
     {"specproxy.timing", "specproxy.scoring", "specproxy.problems"},
     {"specproxy.graphs", "specproxy.config", "specproxy.cache", "specproxy.vocab", "specproxy.stats"},
-    {"specproxy.attention", "specproxy.warp", "specproxy.policy", "specproxy.processors"},
+    {
+        "specproxy.attention",
+        "specproxy.warp",
+        "specproxy.policy",
+        "specproxy.processors",
+        "specproxy.schedule",
+    },
     {"specproxy.state", "specproxy.options"},
     {"specproxy.runner"},
     {"specproxy.trio"},
@@ -75,6 +81,7 @@ OUTSIDE = {
     "specproxy": {"specproxy_kernels", "torch", "transformers", "numpy", "jinja2", "typer", "rich", "vllm"},
 }
 PUBLIC = {
+    "AlphaSchedule",
     "ConfigurationError",
     "Engine",
     "EngineClosed",

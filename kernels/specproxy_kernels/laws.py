@@ -37,7 +37,7 @@ class LogitPair(NamedTuple):
     Args:
         expert: [B, W, V_expert], floating.
         anti_expert: [B, W, V_anti], floating, or None for a term `alpha * s_expert` alone.
-        alpha: [B, W], the proxy strength at each position.
+        alpha: [B, W], the strength at each position, of any sign.
     """
 
     expert: Tensor
@@ -132,7 +132,8 @@ def combine_logits(
             Python sees no logits, the decode loop leaves it to the warp, which masks drafts alike.
 
     Returns:
-        s: [B, W, V] in promote(float32, inputs); -inf where the base or an expert is -inf.
+        s: [B, W, V] in promote(float32, inputs); -inf where the base or an expert is -inf, whatever alpha: there a
+            mask is meant, and alpha * -inf would be NaN at 0 and +inf below.
         bad: bool [B, W], rows with NaN or +inf, or with an infinite anti-expert alone; their s is not usable.
             Ids that the base or an expert masks with -inf are not inspected.
 

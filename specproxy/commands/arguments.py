@@ -19,6 +19,7 @@ from specproxy import demo
 from specproxy.config import check_alpha
 from specproxy.errors import ConfigurationError
 from specproxy.options import parse_options
+from specproxy.schedule import AlphaSchedule
 
 __all__ = ["DecodingOptions", "DeviceOptions", "ModelOptions", "grouped"]
 
@@ -32,25 +33,30 @@ def _flag(name: str) -> str:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which three models: names of the user's own, or the embedded trio."""
+    """Which models: names of the user's own, or the embedded trio."""
 
     demo_task: Annotated[
         str | None, typer.Option("--demo", help="Task of the embedded trio: arithmetic (the default) or python.")
     ] = None
     base: Annotated[str | None, typer.Option(help="Large untuned model: a folder or a hub name.")] = None
     expert: Annotated[str | None, typer.Option(help="Small tuned model.")] = None
-    anti_expert: Annotated[str | None, typer.Option(help="The small model untuned.")] = None
+    anti_expert: Annotated[
+        str | None, typer.Option(help="The small model untuned; without it the expert alone steers.")
+    ] = None
 
     def __post_init__(self) -> None:
-        missing = [role for role in _ROLES if getattr(self, role) is None]
+        given = [role for role in _ROLES if getattr(self, role) is not None]
+        missing = [role for role in _ROLES if role not in (*given, "anti_expert")]
         names = ", ".join(map(_flag, _ROLES))
-        if len(missing) < len(_ROLES) and self.demo_task is not None:
+        if given and self.demo_task is not None:
             raise ConfigurationError(f"--demo and {names} exclude each other: name one trio.")
         if self.demo_task is not None and self.demo_task not in demo.tasks():
             raise ConfigurationError(f"--demo={self.demo_task} is not a task; use one of {', '.join(demo.tasks())}.")
-        if 0 < len(missing) < len(_ROLES):
+        if given and missing:
             absent = ", ".join(map(_flag, missing))
-            raise ConfigurationError("--base, --expert and --anti-expert go together; missing: " + absent + ".")
+            raise ConfigurationError(
+                f"--base and --expert, with or without --anti-expert, go together; missing: {absent}."
+            )
 
     @property
     def task(self) -> str | None:
@@ -62,7 +68,7 @@ class ModelOptions:
         """Folder or hub name per role, and of the tokenizer where it lies elsewhere."""
         if self.task is not None:
             return demo.folders(self.task)
-        return {role: getattr(self, role) for role in _ROLES}
+        return {role: getattr(self, role) for role in _ROLES if getattr(self, role) is not None}
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,11 @@ class DecodingOptions:
     """How tokens are drawn: what `generate` takes besides prompts."""
 
     alpha: Annotated[float | None, typer.Option(help="Strength of the steering; the model's own by default.")] = None
+    alpha_cutoff: Annotated[int | None, typer.Option(help="New tokens after which the steering stops.")] = None
+    alpha_half_life: Annotated[
+        float | None, typer.Option(help="New tokens in which the strength halves, towards --alpha-floor.")
+    ] = None
+    alpha_floor: Annotated[float, typer.Option(help="Share of the strength, 0 to 1, that a decay leaves.")] = 0.0
     max_new_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128
     min_new_tokens: Annotated[int | None, typer.Option(help="Fewest new tokens.")] = None
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None
@@ -129,6 +140,9 @@ class DecodingOptions:
         speculation: dict[str, Any] = {"num_draft_tokens": count, "acceptance": self.acceptance}
         if self.alpha is not None:
             speculation["alpha"] = check_alpha(self.alpha)
+        schedule = AlphaSchedule(self.alpha_cutoff, self.alpha_half_life, self.alpha_floor)
+        if not schedule.is_constant:
+            speculation["alpha_schedule"] = schedule
         if sampled:
             speculation["seed"] = secrets.randbits(32) if self.seed is None else self.seed
         return given | speculation

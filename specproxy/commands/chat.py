@@ -109,5 +109,9 @@ def _check_templates(model: ProxyTunedModel, arguments: dict[str, Any], opening:
         raise ConfigurationError("no tokenizer was found beside the base; chat needs one.")
     messages = check_messages([*opening, {"role": "user", "content": "Hello"}])
     for role in ("base", "expert", "anti_expert"):
+        if role == "anti_expert" and model.anti_expert is None:
+            if arguments["anti_expert_template"] is not None:
+                raise ConfigurationError("--anti-expert-template needs an --anti-expert; name one, or leave it out.")
+            continue
         tokenizer = model.expert_tokenizer if role == "expert" else model.tokenizer
         render_prompt(messages, arguments[f"{role}_template"], tokenizer, f"{role}_template")

@@ -1,4 +1,4 @@
-"""`specproxy check`: whether three models fit together, what they take and what to expect.
+"""`specproxy check`: whether the models fit together, what they take and what to expect.
 
 Reads configurations and tokenizers; weights only with --run. Knows nothing of how the facts come about.
 """
@@ -31,7 +31,7 @@ def check(
     run: Annotated[bool, typer.Option("--run", help="Load the models and compare with per-step decoding.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line.")] = False,
 ) -> None:
-    """Tell whether three models fit together; exit code 1 where they do not."""
+    """Tell whether the models fit together; exit code 1 where they do not."""
     if not run and (where.dtype or where.device):
         raise ConfigurationError("--dtype and --device matter to loaded models only; add --run.")
     with quiet(to_stderr=True):

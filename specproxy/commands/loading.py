@@ -30,6 +30,8 @@ def load(models: ModelOptions, where: DeviceOptions) -> ProxyTunedModel:
         raise ConfigurationError(f"--device={where.device} cannot be used: {str(error).splitlines()[0]}") from error
     if models.task is not None:
         return ProxyTunedModel.demo(models.task, device=where.device, dtype=dtype)
+    if "anti_expert" not in models.names:
+        print("note: without --anti-expert the expert's logits are added as they are.", file=sys.stderr)
     try:
         return ProxyTunedModel.from_pretrained(
             **models.names, dtype=dtype, device_map=where.device, progress=sys.stderr.isatty()

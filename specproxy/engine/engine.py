@@ -23,6 +23,7 @@ from specproxy.errors import ConfigurationError, EngineClosed, EngineFull
 from specproxy.graphs import bucket
 from specproxy.model import ProxyTunedModel
 from specproxy.policy import AdaptiveWindow
+from specproxy.schedule import AlphaSchedule
 from specproxy.stats import SpeculationStats
 
 __all__ = ["Engine", "EngineStats", "Health"]
@@ -193,6 +194,7 @@ class Engine:
         max_new_tokens: int | None = None,
         sampling: SamplingParameters | None = None,
         alpha: float | Sequence[float] | None = None,
+        alpha_schedule: AlphaSchedule | None = None,
         seed: int | None = None,
         num_draft_tokens: int | None = None,
         role_prompts: dict[str, Sequence[int] | Tensor] | None = None,
@@ -214,6 +216,7 @@ class Engine:
             max_new_tokens: 20 by default; 0 only reads the prompt, for `prompt_logprobs`.
             sampling: in place of do_sample, temperature, top_k, top_p, min_p and repetition_penalty.
             alpha: strength of the first pair, or one number per pair; the model's by default.
+            alpha_schedule: how the strengths change over the new tokens.
             seed: an integer; without one a sampled text cannot be repeated.
             num_draft_tokens: drafts a cycle for this request, where not the engine's.
             role_prompts: prompts of their own for roles ("expert", "anti_expert"), others read `prompt`.
@@ -249,6 +252,7 @@ class Engine:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             alpha=alpha,
+            alpha_schedule=alpha_schedule,
             seed=seed,
             num_draft_tokens=num_draft_tokens,
             role_prompts=role_prompts,

@@ -21,6 +21,7 @@ from specproxy.errors import ConfigurationError, PromptError
 from specproxy.options import parse_options
 from specproxy.processors import RowLaw
 from specproxy.rows import check_ids, check_lengths, end_ids, make_row, pair_strengths
+from specproxy.schedule import CONSTANT, AlphaSchedule
 from specproxy.state import BASE, Row
 from specproxy.stats import SpeculationStats
 from specproxy.trio import Trio
@@ -130,6 +131,7 @@ def make_request(
     max_new_tokens: int | None = None,
     sampling: SamplingParameters | None = None,
     alpha: float | Sequence[float] | None = None,
+    alpha_schedule: AlphaSchedule | None = None,
     seed: int | None = None,
     num_draft_tokens: int | None = None,
     role_prompts: dict[str, Sequence[int] | Tensor] | None = None,
@@ -182,6 +184,8 @@ def make_request(
             raise ConfigurationError(f"{name}={value} must be at most {MAX_LOGPROBS}.")
     if prompt_logprobs is not None and any(ids != prompts[BASE] for ids in prompts.values()):
         raise ConfigurationError("prompt_logprobs needs one prompt for all roles; leave role_prompts out.")
+    if alpha_schedule is not None and not isinstance(alpha_schedule, AlphaSchedule):
+        raise ConfigurationError(f"alpha_schedule={alpha_schedule!r} is no schedule; give an AlphaSchedule.")
     row = make_row(
         trio,
         0,
@@ -193,6 +197,7 @@ def make_request(
         max_new_tokens=most,
         eos_token_ids=eos,
         stopping_criteria=options.stopping_criteria,
+        schedule=alpha_schedule or CONSTANT,
     )
     row.index = number
     row.max_draft_tokens = most_drafts

@@ -25,7 +25,7 @@ from specproxy.policy import CycleReport, Plan, WindowPolicy
 from specproxy.state import BASE, FINISHED, DecodeState, Row
 from specproxy.stats import SpeculationStats
 from specproxy.trio import Trio, TrioRunners
-from specproxy_kernels import LogitPair, combine_logits, kernel_path
+from specproxy_kernels import combine_logits, kernel_path
 
 __all__ = ["Counts", "Queue", "Scheduler"]
 
@@ -301,11 +301,7 @@ class Scheduler:
         request, done = reading.request, reading.done[BASE]
         lines = {role: line.to(self.state.device) for role, line in logits.items()}
         pairs = [
-            LogitPair(
-                lines[pair.expert],
-                lines[pair.anti_expert],
-                torch.full((1, size), alpha, dtype=torch.float64, device=self.state.device),
-            )
+            pair.term(lines, torch.full((1, size), alpha, dtype=torch.float64, device=self.state.device))
             for pair, alpha in zip(self.runners.pairs, request.row.alphas, strict=True)
         ]
         combined, bad = combine_logits(lines[BASE], pairs, self.state.vocab_size, self.state.shared_ids)

@@ -26,15 +26,17 @@ from specproxy.generate import GenerateOutput
 from specproxy.model import ProxyTunedModel
 from specproxy.options import parse_options
 from specproxy.processors import Processor, configured_processors, configured_warpers
+from specproxy.schedule import AlphaSchedule
 
 __all__ = ["custom_generate"]
 
 
 def custom_generate(
     expert: PreTrainedModel,
-    anti_expert: PreTrainedModel,
+    anti_expert: PreTrainedModel | None = None,
     *,
     alpha: float = 1.0,
+    alpha_schedule: AlphaSchedule | None = None,
     tokenizer: Any = None,
     streamer: Any = None,
     stop_strings: str | Sequence[str] | None = None,
@@ -44,12 +46,13 @@ def custom_generate(
     """A decoding method for `base.generate(..., custom_generate=...)`.
 
     Every argument of Transformers' `generate` keeps its meaning, the base's generation configuration included. `seed`,
-    `alpha`, `num_draft_tokens`, `acceptance`, `expert_input_ids`, `expert_attention_mask`, `anti_expert_input_ids` and
-    `anti_expert_attention_mask` may be given to `generate` as well.
+    `alpha`, `alpha_schedule`, `num_draft_tokens`, `acceptance`, `expert_input_ids`, `expert_attention_mask`,
+    `anti_expert_input_ids` and `anti_expert_attention_mask` may be given to `generate` as well.
 
     Args:
-        expert, anti_expert: the pair, loaded Transformers causal language models.
+        expert, anti_expert: the pair, loaded Transformers causal language models; None for no anti-expert.
         alpha: proxy strength.
+        alpha_schedule: how it changes over a row's new tokens.
         tokenizer: of the base; names the ids that may be generated, and is needed for stop strings.
         streamer: to stream to; Transformers does not pass on its own `streamer` argument to a callable.
         stop_strings: strings that end a row; Transformers refuses its own `stop_strings` argument beside a callable.
@@ -63,7 +66,7 @@ def custom_generate(
         >>> base.generate(**inputs, max_new_tokens=64, custom_generate=method)  # doctest: +SKIP
     """
     proxies: dict[int, ProxyTunedModel] = {}
-    pair_alpha, pair_count, pair_rule = alpha, num_draft_tokens, acceptance
+    pair_alpha, pair_schedule, pair_count, pair_rule = alpha, alpha_schedule, num_draft_tokens, acceptance
 
     def decode(
         model: PreTrainedModel,
@@ -74,6 +77,7 @@ def custom_generate(
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         alpha: float | Sequence[float] | None = None,
+        alpha_schedule: AlphaSchedule | Sequence[AlphaSchedule | None] | None = None,
         num_draft_tokens: int | Literal["auto"] | None = None,
         acceptance: str | None = None,
         expert_input_ids: Tensor | None = None,
@@ -110,6 +114,7 @@ def custom_generate(
             seed=seed,
             generator=generator,
             alpha=alpha,
+            alpha_schedule=pair_schedule if alpha_schedule is None else alpha_schedule,
             num_draft_tokens=pair_count if num_draft_tokens is None else num_draft_tokens,
             acceptance=acceptance or pair_rule,
             expert_input_ids=expert_input_ids,

@@ -102,6 +102,26 @@ def test_kept_sets_longer_than_the_list(filtered: str, dtype: torch.dtype) -> No
     torch.testing.assert_close(got_law.lse, law.lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rule", reference.RULES)
+def test_lone_experts_of_either_sign(rule: str) -> None:
+    """The first pair too may lack its anti-expert; strengths are strided and differ by position; masks hold at any."""
+    vocab, batch, window = 70, 4, 3
+    generator = torch.Generator().manual_seed(9)
+    base, amateur, other, anti_expert = torch.randn(4, batch, window, vocab, generator=generator).unbind(0)
+    base[..., 3] = amateur[..., 5] = other[..., 8] = anti_expert[..., 8] = -torch.inf
+    strengths = torch.tensor([[-0.5, 0.7], [0.0, 0.0], [1.5, -1.0]]).double()[None].expand(batch, -1, -1)
+    pairs = [LogitPair(amateur, None, strengths[..., 0]), LogitPair(other, anti_expert, strengths[..., 1])]
+    parameters = WarpParameters(torch.tensor([0.0, 1.0, 0.7, 1.3]))
+    drafts = torch.randint(9, vocab, (batch, window - 1), generator=generator)
+    noise = [NoiseStream(row_keys([5], [0]).repeat(batch), torch.arange(batch)) for _ in range(2)]
+    count = torch.full((batch,), window - 1)
+    arguments = (rule, base, pairs, drafts, count, None, parameters)
+    expected = reference.verify_window(*arguments, noise[0], vocab)
+    found = fused_operations().verify_window(*arguments, noise[1], vocab)
+    assert [part.tolist() for part in found] == [part.tolist() for part in expected]
+    assert not set(expected[1].tolist()) & {3, 5, 8} and not expected[2].any()
+
+
 @pytest.mark.parametrize("vocab_size", [5, 256, 257, 1024, 3000])
 @pytest.mark.parametrize("block_start", [None, 41])
 def test_noise_is_the_reference_s(vocab_size: int, block_start: int | None) -> None:

@@ -107,6 +107,9 @@ def inspect_roles(names: Mapping[str, str], tokenizer: str | None = None) -> Rol
         UnsupportedModelError: an architecture that is no decoder of attention layers alone.
         VocabularyError: the vocabularies do not fit.
     """
+    missing = [role for role in ROLES if role not in names]
+    if missing:
+        raise ConfigurationError(f"the {missing[0]} is missing: the composite holds a base and a whole pair; name one.")
     models = {role: _inspect(role, names[role]) for role in ROLES}
     widths = {role: logits_width(model) for role, model in models.items()}
     elsewhere = {} if tokenizer is None else {BASE: tokenizer}

@@ -16,7 +16,7 @@ def generate(
     inputs: Any = None,
     *,
     expert: Any,
-    anti_expert: Any,
+    anti_expert: Any = None,
     alpha: float = 1.0,
     tokenizer: Any = None,
     input_ids: Any = None,
@@ -27,7 +27,7 @@ def generate(
     Args:
         model: the base, supplied by Transformers.
         inputs, input_ids: int64 [B, S], the prompts, under either name.
-        expert, anti_expert: the pair, loaded Transformers causal language models.
+        expert, anti_expert: the pair, loaded Transformers causal language models; None for no anti-expert.
         alpha: proxy strength.
         tokenizer: of the base.
         arguments: of `specproxy.ProxyTunedModel.generate`.
