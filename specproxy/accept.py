@@ -9,6 +9,7 @@ from torch import Tensor
 from specproxy.state import DecodeState, Draft
 from specproxy.trio import TrioRunners
 from specproxy.verify import WindowLogits, bonus_step
+from specproxy.walk import walk
 from specproxy_kernels import LogitPair, NoiseStream, accept_window, emit_next_token, kernel_path, verify_window
 
 __all__ = ["Outcome", "accept"]
@@ -30,9 +31,11 @@ def accept(state: DecodeState, runners: TrioRunners, noise: NoiseStream, draft: 
         state: the rows in flight.
         runners: of the trio.
         noise: of this cycle.
-        draft: the proposal.
+        draft: the proposal; a tree is left as the chain that was taken through it.
         window: its scores; completed here where needed.
     """
+    if draft.tree is not None:
+        return Outcome(*walk(state, runners, noise, draft, window))
     shared = (draft.law, state.warp(draft.count + 1), noise, state.vocab_size)
     if kernel_path(state.device) == "triton":
         # Asking whether any row reaches the bonus position would synchronise, which costs more than its step.

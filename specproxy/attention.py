@@ -63,18 +63,21 @@ def _attend(
         return _attend_fused(window, query, key, value, scaling, sliding_window, softcap), None
     num_keys = key.shape[2]
     limited = sliding_window is not None and num_keys > sliding_window
-    if window.size == 1 and window.is_uniform:
+    is_chain = window.nodes is None
+    if is_chain and window.size == 1 and window.is_uniform:
         if limited:
             key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]  # type: ignore[operator]
         return window_attention(query, key, value, None, scaling=scaling, softcap=softcap), None
-    if window.longest == 0 and not limited:
+    if is_chain and window.longest == 0 and not limited:
         return window_attention(query, key, value, None, scaling=scaling, softcap=softcap, causal=True), None
     groups = query.shape[1] // key.shape[1]
     name = (sliding_window if limited else None, groups, num_keys, query.dtype)
     bias = window.biases.get(name)
     if bias is None:
         lengths = window.lengths.to(query.device)
-        bias = window_bias(lengths, window.size, num_keys, groups, query.dtype, sliding_window if limited else None)
+        reach = sliding_window if limited else None
+        ancestors = None if is_chain else window.ancestors.to(query.device)  # type: ignore[union-attr]
+        bias = window_bias(lengths, window.size, num_keys, groups, query.dtype, reach, ancestors)
         window.biases[name] = bias
     return window_attention(query, key, value, bias.to(query.device), scaling=scaling, softcap=softcap), None
 
@@ -93,9 +96,16 @@ def _attend_fused(
     if is_prompt and softcap is None and (sliding_window is None or window.size <= sliding_window):
         keys, values = keys[:, :, : window.size], values[:, :, : window.size]
         return window_attention(query, keys, values, None, scaling=scaling, causal=True)
-    lengths = window.lengths.to(query.device)
+    ancestors = window.ancestors
     return ragged_attention(
-        query, keys, values, lengths, scaling=scaling, softcap=softcap, sliding_window=sliding_window
+        query,
+        keys,
+        values,
+        window.lengths.to(query.device),
+        scaling=scaling,
+        softcap=softcap,
+        sliding_window=sliding_window,
+        ancestors=None if ancestors is None else ancestors.to(query.device),
     )
 
 

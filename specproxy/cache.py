@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from specproxy_kernels import write_window
+from specproxy.nodes import Nodes
+from specproxy_kernels import compact_window, write_window
 from specproxy_kernels.dispatch import kernel_path
 
 __all__ = ["RaggedCache", "Window"]
@@ -27,11 +28,16 @@ _GROWTH = 64  # buffers grow by half their size, and by at least this many posit
 class Window:
     """Where one forward's tokens go: `count` rows from `first`, `size` tokens each, behind `lengths`.
 
+    A token tree may be read in several forwards: `nodes` start .. start + size of it then, whose slots are their
+    numbers, while their positions go by depth.
+
     Args:
         first, count: the rows of the buffers that take part.
         size: tokens per row in this forward.
         lengths: int64 [count], keys before the window, on the device.
         host_lengths: the same on the host.
+        nodes: of a tree, on the device; None for a chain.
+        start: the first node; 0 for a chain.
         biases: additive masks of this forward, made once and shared by its layers.
         num_attended: attention calls that this forward has made.
     """
@@ -41,24 +47,39 @@ class Window:
     size: int
     lengths: Tensor
     host_lengths: list[int]
+    nodes: Nodes | None = None
+    start: int = 0
     biases: dict[tuple[int | None, int, int, torch.dtype], Tensor] = field(default_factory=dict)
     num_attended: int = 0
 
     def __post_init__(self) -> None:
         self.longest = max(self.host_lengths)
         self.is_uniform = min(self.host_lengths) == self.longest
+        self.begin = self.lengths + self.start if self.start else self.lengths  # slot of the first token
         self._index: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def extent(self) -> int:
+        """Keys of the window, up to the last token of this forward."""
+        return self.start + self.size
 
     @property
     def positions(self) -> Tensor:
         """int64 [count, size], position of every token."""
+        if self.nodes is not None:
+            return self.lengths[:, None] + self.nodes.depth[self.start : self.extent]
         return self.lengths[:, None] + torch.arange(self.size, device=self.lengths.device)
 
+    @property
+    def ancestors(self) -> Tensor | None:
+        """int64 [count, extent], words of the window's keys; None for a chain."""
+        return None if self.nodes is None else self.nodes.words[: self.extent].expand(self.count, -1)
+
     def scatter_index(self) -> tuple[Tensor, Tensor]:
-        """Buffer rows [count, 1] and positions [count, size] of every token."""
+        """Buffer rows [count, 1] and slots [count, size] of every token."""
         if self._index is None:
             rows = torch.arange(self.first, self.first + self.count, device=self.lengths.device)
-            self._index = rows[:, None], self.positions
+            self._index = rows[:, None], self.begin[:, None] + torch.arange(self.size, device=self.lengths.device)
         return self._index
 
 
@@ -89,19 +110,19 @@ class _RaggedLayer(CacheLayerMixin):
         if kernel_path(key_states.device) == "triton":
             rows = slice(window.first, window.first + window.count)
             keys, values = self.keys[rows], self.values[rows]
-            write_window(key_states, value_states, keys, values, window.lengths.to(keys.device))
+            write_window(key_states, value_states, keys, values, window.begin.to(keys.device))
             return keys, values
         return self._write(self.keys, key_states, window), self._write(self.values, value_states, window)
 
     @staticmethod
     def _write(buffer: Tensor, states: Tensor, window: Window) -> Tensor:
         rows = slice(window.first, window.first + window.count)
-        end = window.longest + window.size
+        end = window.longest + window.extent
         if window.is_uniform:
-            buffer[rows, :, window.longest : end] = states
+            buffer[rows, :, window.longest + window.start : end] = states
         else:
-            row_index, positions = window.scatter_index()
-            buffer.transpose(1, 2)[row_index.to(buffer.device), positions.to(buffer.device)] = states.transpose(1, 2)
+            row_index, slots = window.scatter_index()
+            buffer.transpose(1, 2)[row_index.to(buffer.device), slots.to(buffer.device)] = states.transpose(1, 2)
         return buffer[rows, :, :end]
 
     def grow(self, capacity: int) -> None:
@@ -145,17 +166,34 @@ class RaggedCache(Cache):
                 layer.grow(capacity)
             self.capacity = capacity  # last: where memory runs out on the way, growing may be tried again
 
-    def begin(self, first: int, count: int, size: int, offset: int | Tensor = 0) -> Window:
+    def begin(
+        self, first: int, count: int, size: int, offset: int | list[int] | Tensor = 0, nodes: Nodes | None = None
+    ) -> Window:
         """Place the next forward: `size` tokens a row for rows first .. first + count, `offset` past their lengths.
 
-        Where the offset is a tensor, which the host does not read, the caller has reserved what is needed.
+        Args:
+            first, count, size: as in `Window`.
+            offset: of all rows, or of each; where it is a tensor, which the host does not read, the caller has reserved
+                what is needed. With `nodes` the first node's number.
+            nodes: of a tree.
         """
         rows = slice(first, first + count)
-        if isinstance(offset, Tensor):
-            window = Window(first, count, size, self.lengths[rows] + offset, self.host_lengths[rows])
+        lengths, host_lengths = self.lengths[rows], self.host_lengths[rows]
+        if nodes is not None:
+            assert isinstance(offset, int), "nodes are counted by the host"
+            if offset + size == 1:  # the root alone is a chain
+                nodes = None
+            window = Window(first, count, size, lengths, host_lengths, nodes, offset)
+            # Room for all of it: a path is moved from wherever it stands.
+            self.reserve(window.longest + max(window.extent, 0 if nodes is None else len(nodes.shape)))
+        elif isinstance(offset, Tensor):
+            window = Window(first, count, size, lengths + offset, host_lengths)
         else:
-            host_lengths = [length + offset for length in self.host_lengths[rows]]
-            lengths = self.lengths[rows] + offset if offset else self.lengths[rows]
+            if isinstance(offset, list):
+                host_lengths = [length + further for length, further in zip(host_lengths, offset, strict=True)]
+                lengths = lengths + torch.tensor(offset).to(lengths.device)
+            elif offset:
+                host_lengths, lengths = [length + offset for length in host_lengths], lengths + offset
             window = Window(first, count, size, lengths, host_lengths)
             self.reserve(window.longest + size)
         self.window = window
@@ -185,6 +223,19 @@ class RaggedCache(Cache):
     def follow(self, steps: list[int]) -> None:
         """Repeat an `advance` on the host's copy of the lengths."""
         self.host_lengths[: len(steps)] = [a + b for a, b in zip(self.host_lengths, steps, strict=False)]
+
+    def compact(self, slots: Tensor) -> None:
+        """Move a path through the last window, int64 [n, P] slots of rows 0 .. n - 1, to the window's beginning.
+
+        Lengths stay: `advance` keeps what has been moved.
+        """
+        count = slots.shape[0]
+        moves_on_host = kernel_path(slots.device) == "torch"
+        if moves_on_host and bool((slots == torch.arange(slots.shape[1], device=slots.device)).all()):
+            return
+        for layer in self.layers:
+            keys, values = layer.keys[:count], layer.values[:count]
+            compact_window(keys, values, self.lengths[:count].to(keys.device), slots.to(keys.device))
 
     def move(self, source: int, target: int, length: int | None = None) -> None:
         """Copy a row's keys, values and length into another row; with a length, as many leading positions alone."""

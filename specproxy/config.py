@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 from specproxy.errors import ConfigurationError
+from specproxy.tree import MAX_TREE_TOKENS
 from specproxy_kernels import RULES
 
 __all__ = [
@@ -103,6 +104,8 @@ class SpeculationParameters:
         acceptance: "rejection", "block" or "coupled"; greedy rows use equality under each of them.
         cuda_graphs: capture the device's work and replay it; None does so where every model is on one CUDA device.
             Caches and captures are then kept for the next call, and freed by a call without.
+        num_tree_tokens: drafted nodes per cycle of a token tree, at most 63, with `num_draft_tokens` as its depth; 0
+            drafts chains.
 
     Raises:
         ConfigurationError: for a value outside its range.
@@ -111,6 +114,7 @@ class SpeculationParameters:
     num_draft_tokens: int | Literal["auto"] = 4
     acceptance: str = "rejection"
     cuda_graphs: bool | None = None
+    num_tree_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
@@ -122,3 +126,23 @@ class SpeculationParameters:
                 raise ConfigurationError(f"num_draft_tokens={count} must be at most {MAX_DRAFT_TOKENS}.")
         if self.acceptance not in RULES:
             raise ConfigurationError(f"acceptance={self.acceptance!r} is not a rule; use one of {', '.join(RULES)}.")
+        nodes = check_integer("num_tree_tokens", self.num_tree_tokens, 0, "0 drafts chains")
+        if nodes > MAX_TREE_TOKENS:
+            raise ConfigurationError(f"num_tree_tokens={nodes} must be at most {MAX_TREE_TOKENS}.")
+        if nodes and self.num_draft_tokens in (0, "auto"):
+            raise ConfigurationError(
+                f"num_tree_tokens={nodes} needs num_draft_tokens as the tree's depth, not {self.num_draft_tokens!r}; "
+                "give a number of at least 1."
+            )
+
+    def check_rule(self, do_sample: bool) -> None:
+        """Hold a tree against the way that tokens are drawn.
+
+        Raises:
+            ConfigurationError: drafts are not compared with the target's own tokens.
+        """
+        if self.num_tree_tokens and do_sample and self.acceptance != "coupled":
+            raise ConfigurationError(
+                f"num_tree_tokens={self.num_tree_tokens} needs drafts that are compared for equality, which acceptance="
+                f'{self.acceptance!r} does not do when sampling; use acceptance="coupled", or greedy decoding.'
+            )

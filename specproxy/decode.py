@@ -14,11 +14,12 @@ from torch import Tensor
 
 from specproxy.accept import Outcome, accept
 from specproxy.config import MAX_DRAFT_TOKENS
-from specproxy.draft import DRAFTERS
+from specproxy.draft import drafter_of
 from specproxy.graphs import bucket
 from specproxy.policy import CycleReport, Plan, WindowPolicy
 from specproxy.state import FINISHED, DecodeState, Draft, Row
 from specproxy.stats import DRAFT, TARGET, SpeculationStats
+from specproxy.tree import TreeShape
 from specproxy.trio import TrioRunners
 from specproxy.verify import WindowLogits, score_window
 from specproxy_kernels import STATUS_EMPTY_RESIDUAL, STATUS_EMPTY_SUPPORT, STATUS_NON_FINITE
@@ -36,6 +37,7 @@ class Cycle:
 
     Args:
         packed: int64 [B, G + 4]: drafts, and of every row its number of drafts, accepted drafts, next token, status.
+            With a tree [B, 2 D + 4]: the drafts of the path, its nodes, and the same four.
         window: the scored window, for messages and for recorded logits.
     """
 
@@ -65,11 +67,11 @@ def step(
     began = perf_counter() - runners.capture_seconds
     plan = _plan(state, runners, policy)
     result = _run(state, runners, plan)
-    rows, num_drafts, num_accepted = _settle(state, runners, result, stats, on_finish)
+    rows, num_drafts, num_accepted, ranks = _settle(state, runners, plan, result, stats, on_finish)
 
     identities = tuple(row.index for row in rows)
     seconds = perf_counter() - runners.capture_seconds - began
-    policy.observe(CycleReport(plan, identities, num_drafts, num_accepted, runners.take_forwards(), seconds))
+    policy.observe(CycleReport(plan, identities, num_drafts, num_accepted, runners.take_forwards(), seconds, ranks))
     return rows
 
 
@@ -83,7 +85,7 @@ def cycle(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
         plan: who drafts, and how many tokens.
     """
     noise = state.noise()
-    draft = DRAFTERS[plan.drafter].propose(state, runners, noise, plan)
+    draft = drafter_of(plan).propose(state, runners, noise, plan)
     window = score_window(state, runners, draft)
     outcome = accept(state, runners, noise, draft, window)
     return Cycle(_commit(state, runners, draft, outcome), window)
@@ -102,20 +104,21 @@ def _run(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
         state.widen(len(state))
         return cycle(state, runners, plan)
     state.widen(bucket(len(state), state.max_rows))
-    runners.reserve_window(len(state), plan.num_drafts + 1)
+    runners.reserve_window(len(state), plan.window)
     return runners.graphs.run(
         key=("cycle", plan, state.width, state.rule, state.has_schedules, *state.warp_features),
         generation=(runners.generation, state.start.data_ptr()),
         run=lambda: cycle(state, runners, plan),
         changed=[*state.changing, *runners.lengths],
-        title=f"cycle ({state.width} rows, {plan.num_drafts} drafts)",
+        title=f"cycle ({state.width} rows, {plan.window - 1} drafts)",
     )
 
 
 def _commit(state: DecodeState, runners: TrioRunners, draft: Draft, outcome: Outcome) -> Tensor:
     """The only place that changes the device's side: tokens, budgets, lengths. Returns `Cycle.packed`."""
     columns = (draft.num_drafts, outcome.num_accepted, outcome.next_token, outcome.status)
-    packed = torch.cat([draft.tokens, *(column[:, None] for column in columns)], dim=1)
+    head = [draft.tokens] if draft.nodes is None else [draft.tokens, draft.nodes]
+    packed = torch.cat([*head, *(column[:, None] for column in columns)], dim=1)
     advance = state.commit(draft.tokens, outcome.num_accepted, outcome.next_token)
     for runner in runners:
         runner.cache.advance(advance)
@@ -123,17 +126,23 @@ def _commit(state: DecodeState, runners: TrioRunners, draft: Draft, outcome: Out
 
 
 def _settle(
-    state: DecodeState, runners: TrioRunners, result: Cycle, stats: SpeculationStats, on_finish: Leave | None
-) -> tuple[list[Row], tuple[int, ...], tuple[int, ...]]:
+    state: DecodeState,
+    runners: TrioRunners,
+    plan: Plan,
+    result: Cycle,
+    stats: SpeculationStats,
+    on_finish: Leave | None,
+) -> tuple[list[Row], tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """The only place that changes the host's side: tokens, ends of rows, statistics, eviction.
 
     Returns:
-        The rows that took part, how many drafts each had, and how many were accepted.
+        The rows that took part, how many drafts each had, how many were accepted, and with a tree their ranks.
     """
     packed = runners.read(result.packed[: len(state)])
     for runner in runners:
         runner.cache.follow([line[-3] + 1 for line in packed])
     rows = list(state.rows)
+    num_nodes = 0 if plan.tree is None else plan.tree.num_drafts
     for slot, (row, line) in enumerate(zip(rows, packed, strict=True)):
         *drafts, drafted, num_accepted, next_token, status = line
         tokens, sources = drafts[:num_accepted], [DRAFT] * num_accepted
@@ -149,10 +158,17 @@ def _settle(
             row.logits += list(result.window.combined_row(state, slot, taken))
         for counts in (stats, row.statistics):
             if counts is not None:
-                counts.record(drafted, num_accepted, taken)
+                counts.record(drafted, num_accepted, taken, num_nodes)
                 counts.num_empty_residuals += bool(status & STATUS_EMPTY_RESIDUAL)
     evict_finished(state, runners, on_finish)
-    return rows, tuple(line[-4] for line in packed), tuple(line[-3] for line in packed)
+    ranks = () if plan.tree is None else tuple(_ranks(plan.tree, line) for line in packed)
+    return rows, tuple(line[-4] for line in packed), tuple(line[-3] for line in packed), ranks
+
+
+def _ranks(tree: TreeShape, line: list[int]) -> tuple[int, ...]:
+    """Ranks of a row's accepted drafts, from its line of `Cycle.packed`."""
+    depth, num_accepted = (len(line) - 4) // 2, line[-3]
+    return tuple(tree.ranks[node] for node in line[depth : depth + num_accepted])
 
 
 def _reason(row: Row, window: WindowLogits, slot: int, position: int, status: int) -> str:

@@ -24,6 +24,7 @@ from specproxy.rows import check_ids, check_lengths, end_ids, make_row, pair_str
 from specproxy.schedule import CONSTANT, AlphaSchedule
 from specproxy.state import BASE, DecodeState, Row
 from specproxy.stats import SpeculationStats
+from specproxy.tree import TYPICAL_RANK_ACCEPTANCE, TreeShape
 from specproxy.trio import Trio
 from specproxy_kernels import kernel_path, row_keys
 
@@ -150,10 +151,11 @@ def _decode(
     began = perf_counter()
     stats = SpeculationStats(kernels=kernel_path(trio.device))
     count = speculation.num_draft_tokens
-    policy: WindowPolicy = FixedWindow(count) if isinstance(count, int) else AdaptiveWindow()
+    policy: WindowPolicy = AdaptiveWindow() if isinstance(count, str) else _fixed_window(trio, speculation)
     longest = max(len(prompt) for row in rows for prompt in row.prompts.values())
     # A long budget is rarely used up: its buffers grow as it goes.
-    capacity = longest + min(rows[0].max_new_tokens, 1024) + (count if isinstance(count, int) else 8) + 1
+    window = max(8 if isinstance(count, str) else count, speculation.num_tree_tokens) + 1
+    capacity = longest + min(rows[0].max_new_tokens, 1024) + window
     with torch.inference_mode(), trio.runners(len(rows), capacity, speculation.cuda_graphs) as runners:
         state = DecodeState(
             runners.max_rows,
@@ -177,6 +179,16 @@ def _decode(
     total = perf_counter() - began
     stats.seconds = {"total": total, **seconds, "other": total - sum(seconds.values())}
     return stats
+
+
+def _fixed_window(trio: Trio, speculation: SpeculationParameters) -> FixedWindow:
+    """The same chain or tree in every cycle."""
+    count = int(speculation.num_draft_tokens)
+    if not speculation.num_tree_tokens:
+        return FixedWindow(count)
+    ranks = TYPICAL_RANK_ACCEPTANCE[: trio.vocabulary.size]
+    tree = TreeShape.best_tree(ranks, speculation.num_tree_tokens, count)
+    return FixedWindow(tree.depth, tree=tree)
 
 
 def _stopping_criteria(options: GenerationOptions) -> list[Any]:

@@ -266,6 +266,7 @@ class ProxyTunedModel:
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         num_draft_tokens: int | Literal["auto"] = 4,
+        num_tree_tokens: int = 0,
         acceptance: str = "rejection",
         cuda_graphs: bool | None = None,
         seed: int | Sequence[int] | Tensor | None = None,
@@ -295,6 +296,8 @@ class ProxyTunedModel:
                 defaults (1.0, 50, 1.0, none, 1.0); ties at a filter's boundary are kept. `top_k=0` keeps every token.
             num_draft_tokens: drafts per cycle; 0 is exact per-step decoding, "auto" follows acceptance and measured
                 cost.
+            num_tree_tokens: nodes of a token tree, at most 63, that a cycle drafts in place of a chain, up to
+                `num_draft_tokens` deep; for greedy decoding and `acceptance="coupled"`. 0 drafts chains.
             acceptance: "rejection", "block" or "coupled" (the tokens of per-step decoding with the same seed).
             cuda_graphs: replay captured cycles instead of launching every kernel: the same tokens, sooner. None does so
                 where all models are on one CUDA device; caches and captures are then kept for the next call, and freed
@@ -337,7 +340,9 @@ class ProxyTunedModel:
             "return_dict_in_generate": return_dict_in_generate,
             **transformers_arguments,
         }
-        options = parse_options(given, generation_config, num_draft_tokens, acceptance, self.tokenizer, cuda_graphs)
+        options = parse_options(
+            given, generation_config, num_draft_tokens, acceptance, self.tokenizer, cuda_graphs, num_tree_tokens
+        )
         output = generate(
             self._trio,
             input_ids,

@@ -130,13 +130,14 @@ def parse_options(
     acceptance: str,
     default_tokenizer: Any,
     cuda_graphs: bool | None = None,
+    num_tree_tokens: int = 0,
 ) -> GenerationOptions:
     """Check the arguments of a call.
 
     Args:
         given: keyword arguments under Transformers' names; None counts as not given.
         generation_config: supplies what was not given.
-        num_draft_tokens, acceptance, cuda_graphs: speculation, as in `SpeculationParameters`.
+        num_draft_tokens, acceptance, cuda_graphs, num_tree_tokens: speculation, as in `SpeculationParameters`.
         default_tokenizer: for stop strings, where the call gives none.
 
     Raises:
@@ -185,6 +186,8 @@ def parse_options(
     for criterion in criteria:
         if not callable(criterion):
             raise ConfigurationError(f"stopping_criteria holds {criterion!r}; give callables of (input_ids, scores).")
+    speculation = SpeculationParameters(num_draft_tokens, acceptance, cuda_graphs, num_tree_tokens)
+    speculation.check_rule(sampling.do_sample)
     law = LawOptions(
         sampling,
         **{name: values[name] for name in _LAW if name in values},
@@ -193,7 +196,7 @@ def parse_options(
     )
     return GenerationOptions(
         law=law,
-        speculation=SpeculationParameters(num_draft_tokens, acceptance, cuda_graphs),
+        speculation=speculation,
         max_new_tokens=most,
         max_length=values.get("max_length"),
         min_new_tokens=values.get("min_new_tokens"),

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from specproxy.costs import ForwardTime
+from specproxy.tree import TreeShape
 
 __all__ = ["AdaptiveWindow", "CycleReport", "FixedWindow", "Plan", "WindowPolicy"]
 
@@ -28,10 +29,20 @@ class Plan:
     Args:
         num_drafts: G, drafts of a row at most; 0 is a per-step cycle.
         drafter: who proposes them.
+        tree: where equality decides, the tree that is drafted in place of a chain; its depth is `num_drafts`.
     """
 
     num_drafts: int
     drafter: str = "expert"
+    tree: TreeShape | None = None
+
+    def __post_init__(self) -> None:
+        assert self.tree is None or self.tree.depth == self.num_drafts, "a tree's depth is the number of drafts"
+
+    @property
+    def window(self) -> int:
+        """W: positions that the base and the anti-expert score."""
+        return self.num_drafts + 1 if self.tree is None else len(self.tree)
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,8 @@ class CycleReport:
         num_accepted: leading drafts of each that survived.
         forwards: time of every forward; none where they are not timed one by one.
         seconds: of the whole cycle.
+        ranks: with a tree, the ranks of the accepted drafts of each row, by depth: a path in the plan's tree. Behind
+            it the target's token was no guess of the node there, if that node has any and the row's budget left more.
     """
 
     plan: Plan
@@ -53,6 +66,7 @@ class CycleReport:
     num_accepted: tuple[int, ...]
     forwards: tuple[ForwardTime, ...]
     seconds: float
+    ranks: tuple[tuple[int, ...], ...] = ()
 
 
 class WindowPolicy(Protocol):
@@ -73,14 +87,17 @@ class FixedWindow:
     Args:
         count: drafts per cycle; 0 is per-step decoding.
         drafter: who proposes them.
+        tree: drafted in place of a chain; `count` is then its depth.
     """
 
-    def __init__(self, count: int, drafter: str = "expert") -> None:
-        self._plan = Plan(count, drafter)
+    def __init__(self, count: int, drafter: str = "expert", tree: TreeShape | None = None) -> None:
+        self._plan = Plan(count, drafter, tree)
 
     def plan(self, rows: Sequence[int], most: int) -> Plan:
         """The fixed number, as far as there is room."""
-        return replace(self._plan, num_drafts=min(self._plan.num_drafts, most))
+        count = min(self._plan.num_drafts, most)
+        tree = None if self._plan.tree is None or count == 0 else self._plan.tree.cut(count)
+        return replace(self._plan, num_drafts=count, tree=tree)
 
     def observe(self, report: CycleReport) -> None:
         """Nothing to learn."""

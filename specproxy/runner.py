@@ -13,6 +13,7 @@ from specproxy.attention import WINDOW_KEYWORD
 from specproxy.cache import RaggedCache
 from specproxy.errors import UnsupportedModelError
 from specproxy.graphs import Graphs, bucket
+from specproxy.nodes import Nodes
 from specproxy.timing import ForwardTimer
 
 __all__ = ["Runner", "check_supported", "logits_width", "position_limit"]
@@ -99,36 +100,45 @@ class Runner:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._checked = False
 
-    def forward(self, tokens: Tensor, *, offset: int = 0) -> Tensor:
+    def forward(self, tokens: Tensor, *, offset: int | list[int] = 0, nodes: Nodes | None = None) -> Tensor:
         """Logits of a window of every active row.
 
         Args:
             tokens: int64 [n, T], for rows 0 .. n - 1.
-            offset: positions past the rows' committed lengths at which the window starts.
+            offset: positions past the rows' committed lengths at which the window starts, of all rows or of each.
+            nodes: of a token tree, on this model's device: the tokens are its nodes from number `offset` on, and those
+                before them have been run.
 
         Returns:
             [n, T, V] in the model's dtype. The lengths are not changed: `advance` the cache to keep positions.
         """
-        return self._forward(tokens, offset) if self.graphs is None else self._replay(tokens, offset)
+        if self.graphs is None or isinstance(offset, list):
+            return self._forward(tokens, offset, nodes)
+        return self._replay(tokens, offset, nodes)
 
-    def _forward(self, tokens: Tensor, offset: int | Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, offset: int | list[int] | Tensor, nodes: Nodes | None = None) -> Tensor:
         start = self.timer.begin()
-        logits = self._run(tokens, first=0, offset=offset)
+        logits = self._run(tokens, first=0, offset=offset, nodes=nodes)
         self.timer.end(start, tuple(tokens.shape))
         return logits
 
-    def _replay(self, tokens: Tensor, offset: int) -> Tensor:
+    def _replay(self, tokens: Tensor, offset: int, nodes: Nodes | None) -> Tensor:
         """`_forward` by the capture for a bucket of rows; those behind the given ones are idle."""
         assert self.graphs is not None
         count, size = tokens.shape
         self.cache.reserve(max(self.cache.host_lengths[:count]) + offset + size)
         width = bucket(count, self.cache.max_rows)
-        inputs = (
-            torch.nn.functional.pad(tokens.to(self.device), (0, 0, 0, width - count)),
-            torch.full((), offset, dtype=torch.long, device=self.device),
-        )
+        padded = torch.nn.functional.pad(tokens.to(self.device), (0, 0, 0, width - count))
         key, title = ("forward", self.role, width, size), f"{self.role} ({width} x {size} tokens)"
-        return self.graphs.run(key, self.cache.capacity, self._forward, inputs, title=title)[:count].clone()
+        if nodes is None:
+            inputs = (padded, torch.full((), offset, dtype=torch.long, device=self.device))
+            return self.graphs.run(key, self.cache.capacity, self._forward, inputs, title=title)[:count].clone()
+
+        def run(tokens: Tensor) -> Tensor:
+            return self._forward(tokens, offset, nodes)
+
+        key_of_tree = (*key, nodes.shape, offset)
+        return self.graphs.run(key_of_tree, self.cache.capacity, run, (padded,), title=title)[:count].clone()
 
     def prefill(self, first: int, prompts: list[list[int]]) -> None:
         """Fill rows from `first` on with prompts (right-padded together); their lengths become those of the prompts.
@@ -159,8 +169,16 @@ class Runner:
         self.timer.end(start)
         return logits
 
-    def _run(self, tokens: Tensor, *, first: int, offset: int | Tensor, logits_to_keep: int = 0) -> Tensor:
-        window = self.cache.begin(first, tokens.shape[0], tokens.shape[1], offset)
+    def _run(
+        self,
+        tokens: Tensor,
+        *,
+        first: int,
+        offset: int | list[int] | Tensor,
+        nodes: Nodes | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        window = self.cache.begin(first, tokens.shape[0], tokens.shape[1], offset, nodes)
         positions = window.positions
         if self.max_positions is not None:
             # Drafts behind a row's budget may stand past its last position. No row keeps them, but a table is read.

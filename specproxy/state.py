@@ -20,6 +20,7 @@ from specproxy.config import MAX_DRAFT_TOKENS
 from specproxy.processors import RowLaw
 from specproxy.schedule import CONSTANT, SCHEDULE_SIZE, AlphaSchedule, scheduled_strengths
 from specproxy.stats import SpeculationStats
+from specproxy.tree import TreeShape
 from specproxy.warp import build_warp, needs_seen_tokens
 from specproxy_kernels import DraftLaw, NoiseStream, WarpParameters, pack_allowed_tokens
 
@@ -113,12 +114,18 @@ class Draft:
         num_drafts: int64 [B], drafts of each row, at most G.
         law: what the tokens were drawn from; None where they are certain.
         expert_logits: expert logits at the leading window positions, [B, <= W, V_expert], where drafting made them.
+        tree: where the tokens are the drafted nodes of one, G of them; `num_drafts` is then the depth that a row may
+            reach, and `expert_logits` are those of all nodes, or of the nodes that have children. The walk through the
+            tree leaves the path that it took: tokens by depth, as in a chain.
+        nodes: int64 [B, D], the nodes of that path; None before.
     """
 
     tokens: Tensor
     num_drafts: Tensor
     law: DraftLaw | None
     expert_logits: Tensor | None
+    tree: TreeShape | None = None
+    nodes: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -325,6 +332,16 @@ class DecodeState:
     def needs_host(self) -> bool:
         """Whether the coming cycle has to look at the rows' own state on the host while it runs."""
         return self.has_processors or self.records_logits or self.has_changing_bans
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether Python has to see the combined logits of every position that is decided."""
+        return self.has_processors or self.records_logits
+
+    @property
+    def equality_decides(self) -> bool:
+        """Whether a draft survives exactly where it is the token that the target would have drawn: then trees may."""
+        return self.rule == "coupled" or (self._warp is not None and not self._warp.any_sampling)
 
     def warp(self, window: int) -> WarpParameters:
         """The rows' warp for a window of W positions."""

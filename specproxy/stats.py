@@ -16,9 +16,10 @@ class SpeculationStats:
 
     Args:
         num_cycles: verified windows, counted once per row that took part.
-        num_draft_tokens: drafts that were verified.
+        num_draft_tokens: drafts that were verified; of a tree, its levels: that many could have been accepted.
         num_accepted_tokens: drafts that became output.
         num_new_tokens: tokens of output.
+        num_tree_tokens: nodes of token trees that were verified, whatever a row's budget left of use.
         num_empty_residuals: refusals whose residual had no mass (rounding) and fell back to the target law.
         accepted_per_position: how often the draft at each window position became output.
         drafted_per_position: how often a draft at each window position was verified.
@@ -33,6 +34,7 @@ class SpeculationStats:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_new_tokens: int = 0
+    num_tree_tokens: int = 0
     num_empty_residuals: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
     drafted_per_position: list[int] = field(default_factory=list)
@@ -55,18 +57,20 @@ class SpeculationStats:
         """Accepted drafts per cycle and row."""
         return self.num_accepted_tokens / self.num_cycles if self.num_cycles else 0.0
 
-    def record(self, num_drafted: int, num_accepted: int, num_emitted: int) -> None:
+    def record(self, num_drafted: int, num_accepted: int, num_emitted: int, num_nodes: int = 0) -> None:
         """Count one row's cycle.
 
         Args:
             num_drafted: drafts that were verified for the row.
             num_accepted: leading drafts that survived.
             num_emitted: tokens that became output, after the cut at a row's end; at most num_accepted + 1.
+            num_nodes: drafted nodes of the cycle's tree, if it has one.
         """
         cut_short = num_emitted <= num_accepted
         counted = min(num_drafted, num_emitted) if cut_short else num_drafted
         accepted = min(num_accepted, num_emitted)
         self.num_cycles += 1
+        self.num_tree_tokens += num_nodes
         self.num_draft_tokens += counted
         self.num_accepted_tokens += accepted
         self.num_new_tokens += num_emitted
@@ -89,6 +93,7 @@ class SpeculationStats:
             "num_draft_tokens": self.num_draft_tokens,
             "num_accepted_tokens": self.num_accepted_tokens,
             "num_new_tokens": self.num_new_tokens,
+            "num_tree_tokens": self.num_tree_tokens,
             "num_empty_residuals": self.num_empty_residuals,
             "accepted_per_position": list(self.accepted_per_position),
             "drafted_per_position": list(self.drafted_per_position),

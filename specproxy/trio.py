@@ -16,8 +16,10 @@ from specproxy.attention import borrowed
 from specproxy.config import check_alpha
 from specproxy.costs import ForwardTime
 from specproxy.graphs import Branches, Graphs, make_graphs
+from specproxy.nodes import Nodes
 from specproxy.runner import Runner, check_supported, logits_width, position_limit
 from specproxy.state import ANTI_EXPERT, BASE, EXPERT
+from specproxy.tree import TreeShape
 from specproxy.vocab import share_vocabulary
 from specproxy_kernels import LogitPair
 
@@ -64,6 +66,7 @@ class TrioRunners:
         self.max_rows = max_rows
         self.graphs = graphs
         self._pinned: Tensor | None = None
+        self._nodes: dict[tuple[TreeShape, torch.device], Nodes] = {}  # captures refer to them: none is let go
         self.state_buffers: dict[str, Tensor] = {}  # of the decode state, which captures refer to as they do to caches
         self.by_role = {role: Runner(model, role, max_rows, graphs) for role, model in models.items()}
         self.base, self.expert = (self.by_role[role] for role in (BASE, EXPERT))
@@ -79,6 +82,12 @@ class TrioRunners:
         """Make room for one more window in the first `count` rows."""
         for runner in self:
             runner.cache.reserve(max(runner.cache.host_lengths[:count]) + window)
+
+    def nodes(self, shape: TreeShape, device: torch.device) -> Nodes:
+        """A tree's tensors on a device."""
+        if (shape, device) not in self._nodes:
+            self._nodes[shape, device] = Nodes(shape, device)
+        return self._nodes[shape, device]
 
     def read(self, packed: Tensor) -> list[list[int]]:
         """A small int64 tensor [n, m] on the host: the one place where a cycle waits for the device."""

@@ -2,7 +2,7 @@
 
 The anti-expert never steps: it proposes nothing. Where the expert has drafted, its logits come from drafting, and its
 step at the bonus position is run by `bonus_step`, only where some row reaches that position; where others have drafted,
-the expert too runs once over the whole window.
+the expert too runs once over the whole window. The window of a token tree holds all its nodes.
 """
 
 from __future__ import annotations
@@ -75,6 +75,11 @@ class WindowLogits:
         pairs = [pair.term(lines, strengths[..., i]) for i, pair in enumerate(self.pair_roles)]
         return combine_logits(lines[BASE], pairs, state.vocab_size, state.shared_ids)[0][0]
 
+    def take(self, path: WindowLogits) -> None:
+        """Become the window of a path through the tree that was scored here."""
+        self.by_role, self.strengths, self.window = path.by_role, path.strengths, path.window
+        self.combined, self.processed, self.scores = path.combined, path.processed, path.scores
+
     def unusable_roles(self, row: int, position: int) -> list[str]:
         """Roles whose logits of one position hold NaN or +inf; else anti-experts with -inf; else it is their sum."""
         lines = {role: logits[row, position] for role, logits in self.by_role.items()}
@@ -92,21 +97,28 @@ def score_window(state: DecodeState, runners: TrioRunners, draft: Draft) -> Wind
         draft: of this cycle.
     """
     by_role = {} if draft.expert_logits is None else {EXPERT: draft.expert_logits}
+
+    def score(role: str, tokens: Tensor) -> Tensor:
+        runner = runners.by_role[role]
+        nodes = None if draft.tree is None else runners.nodes(draft.tree, runner.device)
+        return runner.forward(tokens, nodes=nodes)
+
     inputs = {
         role: torch.cat([state.pending[role][:, None], draft.tokens], dim=1)  # [B, W]
         for role in runners.by_role
         if role not in by_role
     }
-    window = WindowLogits(by_role, runners.pairs, state.strengths(draft.count + 1), draft.count + 1)
+    depth = None if draft.tree is None else runners.nodes(draft.tree, state.device).depth
+    window = WindowLogits(by_role, runners.pairs, state.strengths(draft.count + 1, depth), draft.count + 1)
     branches = runners.branches
     for role, tokens in inputs.items():
         if role != BASE:
             with branches.beside():
-                by_role[role] = runners.by_role[role].forward(tokens)
-    if runners.overlaps and draft.expert_logits is not None:
+                by_role[role] = score(role, tokens)
+    if runners.overlaps and draft.tree is None and draft.expert_logits is not None:
         with branches.beside():  # reached or not: it costs no time of its own there
             bonus_step(state, runners, draft, window)
-    by_role[BASE] = runners.base.forward(inputs[BASE])
+    by_role[BASE] = score(BASE, inputs[BASE])
     branches.join()
     for role in inputs:
         # Only now: a copy between devices would hold the base's forward up until the model behind it is done.

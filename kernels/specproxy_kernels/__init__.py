@@ -5,8 +5,14 @@ reference (`reference`, `attention`, `noise`), which is the oracle of the tests 
 holds the Triton kernels, and `dispatch` decides between the two.
 """
 
-from specproxy_kernels.attention import ragged_attention, window_attention, window_bias, write_window
-from specproxy_kernels.dispatch import kernel_path, sample_drafts, verify_window
+from specproxy_kernels.attention import (
+    compact_window,
+    ragged_attention,
+    window_attention,
+    window_bias,
+    write_window,
+)
+from specproxy_kernels.dispatch import kernel_path, sample_candidates, sample_drafts, verify_window
 from specproxy_kernels.laws import (
     LogitPair,
     WarpParameters,
@@ -42,6 +48,7 @@ __all__ = [
     "accept_window",
     "coin_noise",
     "combine_logits",
+    "compact_window",
     "emit_next_token",
     "gumbel_noise",
     "kernel_path",
@@ -50,6 +57,7 @@ __all__ = [
     "philox",
     "ragged_attention",
     "row_keys",
+    "sample_candidates",
     "sample_drafts",
     "sample_next_token",
     "verify_window",

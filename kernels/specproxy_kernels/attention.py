@@ -1,10 +1,11 @@
-"""Attention of short ragged windows over a static key-value buffer, and the write of a window into it.
+"""Attention of short ragged windows over a static key-value buffer, and writes and moves of a window in it.
 
     out(b, h, t) = softmax over visible s of (scaling * q(b, h, t) . k(b, h // G, s)) v(b, h // G, s)
 
-`ragged_attention` and `write_window` are the operations: they check their arguments and run the Triton kernels of
-`fused.attention` or the torch references here (see `dispatch`). `window_bias` and `window_attention` are the parts of
-the reference, for callers that share one bias between layers. This module knows nothing of models or caches.
+`ragged_attention`, `write_window` and `compact_window` are the operations: they check their arguments and run the
+Triton kernels of `fused.attention` or the torch references here (see `dispatch`). `window_bias` and `window_attention`
+are the parts of the reference, for callers that share one bias between layers. This module knows nothing of models or
+caches.
 
 **Which keys a query sees.** Row b holds lengths[b] keys, its prefix, and behind them the keys of its window of T.
 Logical positions decide:
@@ -14,7 +15,8 @@ Logical positions decide:
 
 In a chain, depth(j) = j, and query t sees what stands at its own position or before. In a token tree, bit j of the
 word ancestors[b, t] says that query t sees window key j, itself included; depth(j) is the number of set bits of j's
-own word, less one; the prefix is seen whole. Under a sliding window of w, in chain and tree alike, query t sees of all
+own word, less one; the prefix is seen whole. A tree may be read in several pieces: its window then holds the keys of K
+tokens, of which the queries are the last T. Under a sliding window of w, in chain and tree alike, query t sees of all
 that only what stands less than w positions before its own. What lies behind a row's window is never seen.
 """
 
@@ -30,6 +32,8 @@ from specproxy_kernels.dispatch import kernel_path
 
 __all__ = [
     "MAX_TREE_WINDOW",
+    "compact_window",
+    "compact_window_reference",
     "ragged_attention",
     "ragged_attention_reference",
     "window_attention",
@@ -60,7 +64,7 @@ def ragged_attention(
     | `keys` | [B, H_kv, S, D], H a multiple of H_kv | the query's | any; views of a larger buffer are meant |
     | `values` | [B, H_kv, S, D_v] | the query's | any, also other than the keys' |
     | `lengths` | [B] | int64 | any |
-    | `ancestors` | [B, T], T <= 64 | int64 | any |
+    | `ancestors` | [B, K], T <= K <= 64 | int64 | any |
 
     The kernel reads lengths[b] + T keys and values of each row, or about sliding_window + T of them, each once for
     every 64 query rows (T * H / H_kv; 16 in float32): its floor is
@@ -71,14 +75,15 @@ def ragged_attention(
 
     Args:
         query: of the window's tokens.
-        keys, values: buffers of S positions; the window's own stand at lengths[b] .. lengths[b] + T. What lies behind
-            is ignored, whatever it holds.
-        lengths: keys of each row before the window, on the query's device; lengths[b] + T <= S. Never read by the
-            host.
+        keys, values: buffers of S positions; the window's own stand at lengths[b] .. lengths[b] + T (K in a tree). What
+            lies behind is ignored, whatever it holds.
+        lengths: keys of each row before the window, on the query's device; lengths[b] + T <= S, or K in a tree. Never
+            read by the host.
         scaling: factor on the dot products.
         softcap: c in c * tanh(x / c) on the scaled dot products (Gemma 2); None for none.
         sliding_window: positions that a query sees, its own included; None for all.
-        ancestors: a token tree (see the module); None for a chain.
+        ancestors: words of a token tree's keys, the last T of which are the queries' (see the module); None for a
+            chain.
 
     Returns:
         [B, T, H, D_v], contiguous, in the query's dtype; zeros for a query that sees no key. Scores and sums are
@@ -145,7 +150,8 @@ def ragged_attention_reference(
     window, num_keys, groups = query.shape[2], keys.shape[2], query.shape[1] // keys.shape[1]
     bias = window_bias(lengths, window, num_keys, groups, query.dtype, sliding_window, ancestors)
     # A weight of zero does not hide a NaN.
-    is_stale = (torch.arange(num_keys, device=lengths.device) >= lengths[:, None] + window)[:, None, :, None]
+    extent = window if ancestors is None else ancestors.shape[1]
+    is_stale = (torch.arange(num_keys, device=lengths.device) >= lengths[:, None] + extent)[:, None, :, None]
     keys, values = keys.masked_fill(is_stale, 0), values.masked_fill(is_stale, 0)
     out = window_attention(query, keys, values, bias, scaling=scaling, softcap=softcap)
     sees_nothing = (bias[:, 0, :window] == -inf).all(-1)  # [B, T], the same in every group
@@ -170,7 +176,8 @@ def window_bias(
         groups: G, query heads per key head; the T rows are repeated G times.
         dtype: of the bias, that of the queries.
         sliding_window: positions that a query sees, its own included; None for all.
-        ancestors: int64 [B, T], the words of a token tree, T <= 64; None for a chain.
+        ancestors: int64 [B, K], the words of a token tree, T <= K <= 64, whose last T are the queries'; None for a
+            chain.
 
     Returns:
         [B, 1, G * T, S], 0 where visible, else -inf.
@@ -182,12 +189,14 @@ def window_bias(
         visible = key <= position[..., None]  # [B, T, S]
     else:
         bits = torch.arange(MAX_TREE_WINDOW, device=lengths.device)
-        position = lengths[:, None] + ((ancestors[..., None] >> bits) & 1).sum(-1) - 1
+        extent = ancestors.shape[1]
+        positions = lengths[:, None] + ((ancestors[..., None] >> bits) & 1).sum(-1) - 1  # [B, K]
+        position = positions[:, extent - window :]
         slot = key - lengths[:, None]  # [B, S], place in the window, negative before it
-        place = slot.clamp(0, window - 1)
-        is_ancestor = (ancestors[..., None] >> place[:, None]) & 1 == 1
-        visible = (slot < 0)[:, None] | (is_ancestor & (slot < window)[:, None])
-        key_position = torch.where(slot < 0, key, position.gather(1, place))
+        place = slot.clamp(0, extent - 1)
+        is_ancestor = (ancestors[:, extent - window :, None] >> place[:, None]) & 1 == 1
+        visible = (slot < 0)[:, None] | (is_ancestor & (slot < extent)[:, None])
+        key_position = torch.where(slot < 0, key, positions.gather(1, place))
     if sliding_window is not None:
         visible = visible & (key_position[:, None] > position[..., None] - sliding_window)
     bias = torch.zeros(visible.shape, dtype=dtype, device=lengths.device).masked_fill_(~visible, -inf)
@@ -286,6 +295,57 @@ def write_window_reference(
         buffer[row, :, position[row, step]] = states[row, :, step]
 
 
+def compact_window(keys: Tensor, values: Tensor, lengths: Tensor, slots: Tensor) -> None:
+    """Move a path through a window to the window's beginning: what stands at lengths + slots[:, j] goes to lengths + j.
+
+    | argument | shape | dtype | strides |
+    | --- | --- | --- | --- |
+    | `keys` | [B, H_kv, S, D] | any | any; no two elements may share memory |
+    | `values` | [B, H_kv, S, D_v] | any | likewise |
+    | `lengths` | [B] | int64, on the same device | any |
+    | `slots` | [B, P] | int64, on the same device | any |
+
+    The kernel takes one launch for both buffers and never synchronises with the host. Its floor is twice the bytes that
+    move over the memory's bandwidth.
+
+    Args:
+        keys, values: buffers of S positions.
+        lengths: keys of each row before its window.
+        slots: places in the window, each row's rising; lengths[b] + slots[b, j] < S.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+
+    Example:
+        >>> keys, values = torch.arange(6.0).expand(2, 1, 1, 6)[..., None].clone().unbind()
+        >>> compact_window(keys, values, torch.tensor([1]), torch.tensor([[0, 2, 4]]))
+        >>> keys.flatten().tolist()
+        [0.0, 1.0, 3.0, 5.0, 4.0, 5.0]
+    """
+    if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+        raise ValueError(f"keys={tuple(keys.shape)} and values={tuple(values.shape)}: only D and D_v may differ.")
+    _check_lengths(lengths, keys)
+    if slots.ndim != 2 or slots.shape[0] != keys.shape[0] or slots.dtype != torch.int64 or slots.device != keys.device:
+        raise ValueError(
+            f"slots={tuple(slots.shape)} of {slots.dtype} on {slots.device}: int64 [{keys.shape[0]}, P] on "
+            f"{keys.device} is needed."
+        )
+    if kernel_path(keys.device) == "triton":
+        from specproxy_kernels.fused.attention import compact
+
+        compact(keys, values, lengths, slots)
+    else:
+        compact_window_reference(keys, values, lengths, slots)
+
+
+def compact_window_reference(keys: Tensor, values: Tensor, lengths: Tensor, slots: Tensor) -> None:
+    """`compact_window` in torch, without its checks; it synchronises with the host."""
+    row, step = (slots != torch.arange(slots.shape[1], device=slots.device)).nonzero(as_tuple=True)
+    target, source = lengths[row] + step, lengths[row] + slots[row, step]
+    for buffer in (keys, values):
+        buffer[row, :, target] = buffer[row, :, source]
+
+
 def _check_attention(
     query: Tensor,
     keys: Tensor,
@@ -315,13 +375,16 @@ def _check_attention(
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window={sliding_window}: give at least 1, or None for all keys.")
     if ancestors is not None:
-        if ancestors.shape != (batch, window) or ancestors.dtype != torch.int64 or ancestors.device != query.device:
+        fits = ancestors.ndim == 2 and ancestors.shape[0] == batch and ancestors.shape[1] >= window
+        if not fits or ancestors.dtype != torch.int64 or ancestors.device != query.device:
             raise ValueError(
                 f"ancestors={tuple(ancestors.shape)} of {ancestors.dtype} on {ancestors.device}: int64 "
-                f"[{batch}, {window}] on {query.device} is needed."
+                f"[{batch}, >= {window}] on {query.device} is needed."
             )
-        if window > MAX_TREE_WINDOW:
-            raise ValueError(f"ancestors for a window of {window}: a tree has at most {MAX_TREE_WINDOW} tokens.")
+        if ancestors.shape[1] > MAX_TREE_WINDOW:
+            raise ValueError(
+                f"ancestors for a window of {ancestors.shape[1]}: a tree has at most {MAX_TREE_WINDOW} tokens."
+            )
 
 
 def _check_lengths(lengths: Tensor, keys: Tensor) -> None:

@@ -20,7 +20,7 @@ from specproxy_kernels import reference
 from specproxy_kernels.laws import LogitPair, WarpParameters
 from specproxy_kernels.reference import DraftLaw, NoiseStream
 
-__all__ = ["kernel_path", "sample_drafts", "verify_window"]
+__all__ = ["kernel_path", "sample_candidates", "sample_drafts", "verify_window"]
 
 VARIABLE = "SPECPROXY_KERNELS"
 _CHOICES = ("auto", "triton", "torch")
@@ -94,6 +94,45 @@ def sample_drafts(
     from specproxy_kernels.fused import draft
 
     return draft.sample_drafts(logits, parameters, drafts, noise, vocab_size)
+
+
+def sample_candidates(
+    logits: Tensor, parameters: WarpParameters, drafts: Tensor, noise: NoiseStream, vocab_size: int, count: int
+) -> Tensor:
+    """The best guesses of every node of one level of a token tree. One or two launches and a top-k on CUDA.
+
+    All nodes race with the noise of their depth; the first candidate is what `sample_drafts` would draw there.
+
+    Args:
+        logits: floating [B, n, V_draft], V_draft >= vocab_size, contiguous along the vocabulary: the drafter's at n
+            nodes of depth d.
+        parameters: of the B rows.
+        drafts: int64 [B, n, d], the drafts before each node.
+        noise: of the cycle; the draw takes the token purpose at position d.
+        vocab_size: V, the shared vocabulary.
+        count: k, candidates of each node, at most V.
+
+    Returns:
+        int64 [B, n, k], the best first; ids of no probability where fewer have one.
+
+    Raises:
+        ValueError: a tensor whose shape, dtype or stride the kernels do not read; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from specproxy_kernels import NoiseStream, WarpParameters, row_keys, sample_candidates
+        >>> parameters = WarpParameters(temperature=torch.zeros(1), any_sampling=False)
+        >>> noise = NoiseStream(row_keys([7], [0]), torch.zeros(1, dtype=torch.long))
+        >>> nothing = torch.empty(1, 1, 0, dtype=torch.long)
+        >>> sample_candidates(torch.tensor([[[0.5, 2.0, 1.0]]]), parameters, nothing, noise, 3, 2).tolist()
+        [[[1, 2]]]
+    """
+    arguments = (logits, parameters, drafts, noise, vocab_size, count)
+    if kernel_path(logits.device) == "torch":
+        return reference.sample_candidates(*arguments)
+    from specproxy_kernels.fused import draft
+
+    return draft.sample_candidates(*arguments)
 
 
 def verify_window(

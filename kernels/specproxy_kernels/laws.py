@@ -11,9 +11,9 @@ never synchronises with the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ __all__ = [
     "pack_allowed_tokens",
     "pair_at",
     "penalised",
+    "repeat_rows",
     "unpack_allowed_tokens",
     "warp_law",
 ]
@@ -89,6 +90,21 @@ class WarpParameters:
     def greedy(self) -> Tensor:
         """bool [B], rows of temperature 0."""
         return self.temperature == 0
+
+
+def repeat_rows(parameters: WarpParameters, times: int) -> WarpParameters:
+    """The parameters of B * times rows, of which every row's `times` copies stand together."""
+
+    def repeated(value: Tensor) -> Tensor:
+        return value[:, None].expand(-1, times, *value.shape[1:]).flatten(0, 1)
+
+    shared = [name for name in ("logit_bias", "allowed") if getattr(parameters, name) is not None]
+    shared = [name for name in shared if getattr(parameters, name).shape[0] == 1]
+    values = {field.name: getattr(parameters, field.name) for field in fields(parameters)}
+    changed: dict[str, Any] = {
+        name: repeated(value) for name, value in values.items() if isinstance(value, Tensor) and name not in shared
+    }
+    return replace(parameters, **changed)
 
 
 class WarpedLaw(NamedTuple):
@@ -175,11 +191,16 @@ def unpack_allowed_tokens(words: Tensor, vocab_size: int) -> Tensor:
     return bits.flatten(-2)[..., :vocab_size].bool()
 
 
+def _draft_at(drafts: Tensor, j: int, window: int) -> Tensor:
+    """int64 [B, W, 1]: the j-th draft of every position's prefix, from `drafts` as in `warp_law`."""
+    return drafts[:, j, None, None].expand(-1, window, 1) if drafts.ndim == 2 else drafts[:, :, j, None]
+
+
 def _seen_at(seen: Tensor, drafts: Tensor, position: Tensor) -> Tensor:
     """bool [B, W, V]: tokens of the prefix at each window position, which holds the drafts before that position."""
     window = seen[:, None].expand(-1, position.shape[1], -1).clone()
-    for j in range(drafts.shape[1]):
-        token = drafts[:, j, None, None].expand(-1, position.shape[1], 1)
+    for j in range(drafts.shape[-1]):
+        token = _draft_at(drafts, j, position.shape[1])
         window.scatter_(-1, token, window.gather(-1, token) | (position > j)[..., None])
     return window
 
@@ -187,8 +208,8 @@ def _seen_at(seen: Tensor, drafts: Tensor, position: Tensor) -> Tensor:
 def _counts_at(counts: Tensor, drafts: Tensor, position: Tensor) -> Tensor:
     """[B, W, V] in the dtype of `counts`: outputs of each token before each window position."""
     window = counts[:, None].expand(-1, position.shape[1], -1).clone()
-    for j in range(drafts.shape[1]):
-        token = drafts[:, j, None, None].expand(-1, position.shape[1], 1)
+    for j in range(drafts.shape[-1]):
+        token = _draft_at(drafts, j, position.shape[1])
         window.scatter_add_(-1, token, (position > j)[..., None].to(window.dtype))
     return window
 
@@ -268,7 +289,7 @@ def warp_law(logits: Tensor, parameters: WarpParameters, drafts: Tensor, positio
     Args:
         logits: [B, W, V], floating, at least float32.
         parameters: of the B rows.
-        drafts: int64 [B, G], the cycle's drafted tokens so far.
+        drafts: int64 [B, G], the cycle's drafted tokens so far; [B, W, G] where every column has a prefix of its own.
         position: int64 [B, W], window position of each column: the prefix holds the drafts before it.
 
     Returns:

@@ -46,6 +46,7 @@ __all__ = [
     "block_acceptance",
     "emit_next_token",
     "residual_log_weights",
+    "sample_candidates",
     "sample_drafts",
     "sample_next_token",
     "verify_window",
@@ -108,6 +109,13 @@ class NoiseStream:
         if self._coins is not None and self._coins.shape[1] >= count:
             return self._coins[:, :count]
         return coin_noise(self.key, self._index(count), self.block_start)
+
+    def at(self, position: Tensor, most: int) -> NoiseStream:
+        """The noise of window positions of which none is beyond `most`, int64 [B], each as a window of its own."""
+        there = NoiseStream(self.key, self.start + position, self.block_start)
+        if self._drawn is not None and self._drawn.shape[1] > most:
+            there._drawn = _row_at(self._drawn, position)
+        return there
 
     def _index(self, count: int) -> Tensor:
         return self.start[:, None] + torch.arange(count, device=self.start.device)
@@ -177,6 +185,41 @@ def _restore(law: DraftLaw, parameters: WarpParameters, drafts: Tensor, position
 def _leading(survives: Tensor) -> Tensor:
     """Length [B] of the leading run of True in [B, G]."""
     return survives.long().cumprod(-1).sum(-1)
+
+
+def sample_candidates(
+    logits: Tensor,
+    parameters: WarpParameters,
+    drafts: Tensor,
+    noise: NoiseStream,
+    vocab_size: int,
+    count: int,
+) -> Tensor:
+    """The best guesses of each node of a tree's level: largest warped logits + noise, of the logits alone where greedy.
+
+    All nodes race with the noise of their depth. The first candidate is the draft that `sample_drafts` would draw; all
+    of them are a draw without replacement from the drafter's law (Kool et al. 2019, arXiv 1903.06059, section 2.3).
+
+    Args:
+        logits: [B, n, V_draft], the drafter's logits at n nodes of one depth d.
+        parameters: of the B rows.
+        drafts: int64 [B, n, d], the drafts before each node.
+        noise: of the cycle; the draw takes the token purpose at position d.
+        vocab_size: V; wider logits are cut.
+        count: k, candidates of each node.
+
+    Returns:
+        int64 [B, n, k], the best first; ids of no probability where fewer have one.
+    """
+    batch, nodes, depth = drafts.shape
+    cut = logits[..., :vocab_size]
+    position = torch.full((batch, nodes), depth, dtype=torch.long, device=drafts.device)
+    law = warp_law(cut.to(torch.promote_types(cut.dtype, torch.float32)), parameters, drafts, position)
+    scores = law.kept().double()
+    if parameters.any_sampling:
+        gumbel = noise.tokens(depth + 1, vocab_size)[:, depth, None]
+        scores = scores + (gumbel.masked_fill(parameters.greedy[:, None, None], 0) if parameters.any_greedy else gumbel)
+    return scores.topk(count, dim=-1).indices
 
 
 def residual_log_weights(target: Tensor, draft: Tensor) -> Tensor:

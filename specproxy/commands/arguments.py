@@ -97,6 +97,9 @@ class DecodingOptions:
     num_draft_tokens: Annotated[str, typer.Option(metavar="N|auto", help="Drafts a cycle; 0 is per-step decoding.")] = (
         "4"
     )
+    num_tree_tokens: Annotated[
+        int, typer.Option(help="Nodes of a token tree drafted in place of a chain, greedy or coupled; 0: a chain.")
+    ] = 0
     acceptance: Annotated[str, typer.Option(help="rejection, block or coupled.")] = "rejection"
     do_sample: Annotated[
         bool | None, typer.Option("--do-sample/--greedy", help="Greedy by default; a temperature implies sampling.")
@@ -136,8 +139,12 @@ class DecodingOptions:
         count: int | str = self.num_draft_tokens
         with contextlib.suppress(ValueError):  # "auto", or refused below
             count = int(count)
-        parse_options(given, None, count, self.acceptance, default_tokenizer=object())
+        parse_options(
+            given, None, count, self.acceptance, default_tokenizer=object(), num_tree_tokens=self.num_tree_tokens
+        )
         speculation: dict[str, Any] = {"num_draft_tokens": count, "acceptance": self.acceptance}
+        if self.num_tree_tokens:
+            speculation["num_tree_tokens"] = self.num_tree_tokens
         if self.alpha is not None:
             speculation["alpha"] = check_alpha(self.alpha)
         schedule = AlphaSchedule(self.alpha_cutoff, self.alpha_half_life, self.alpha_floor)

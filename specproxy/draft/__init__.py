@@ -6,8 +6,17 @@ from collections.abc import Mapping
 
 from specproxy.draft.expert import ExpertDrafter
 from specproxy.draft.interface import Drafter
+from specproxy.draft.tree import TreeDrafter
+from specproxy.policy import Plan
 
-__all__ = ["DRAFTERS", "Drafter"]
+__all__ = ["DRAFTERS", "Drafter", "TreeDrafter", "drafter_of"]
 
 #: Every drafter, by the name that a plan gives.
 DRAFTERS: Mapping[str, Drafter] = {drafter.name: drafter for drafter in (ExpertDrafter(),)}
+
+_TREE_DRAFTER = TreeDrafter()
+
+
+def drafter_of(plan: Plan) -> Drafter:
+    """Who drafts in a cycle."""
+    return DRAFTERS[plan.drafter] if plan.tree is None else _TREE_DRAFTER

@@ -1,4 +1,4 @@
-"""Split-KV attention of short ragged windows, and the write of a window's keys and values, as Triton kernels.
+"""Split-KV attention of short ragged windows, and writes and moves of a window's keys and values, as Triton kernels.
 
     out(b, h, t) = softmax over visible s of score(b, h, t, s)  times  v(b, h // G, s)
     score        = scaling * q(b, h, t) . k(b, h // G, s), or c * tanh(that / c) under a soft-cap c
@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["FUSED_DTYPES", "KEYS_PER_SPLIT", "MAX_HEAD_DIM", "MAX_SPLIT_WINDOW", "attend", "write"]
+__all__ = ["FUSED_DTYPES", "KEYS_PER_SPLIT", "MAX_HEAD_DIM", "MAX_SPLIT_WINDOW", "attend", "compact", "write"]
 
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -77,16 +77,16 @@ def _tanh(x):
 
 
 @triton.jit
-def _split_range(length, window, num_keys, keys_per_split, sliding_window, SLIDING: tl.constexpr):
+def _split_range(length, extent, num_keys, keys_per_split, sliding_window, SLIDING: tl.constexpr):
     """First chunk that any query of a row may see, and the one behind the last."""
     first = length * 0
     if SLIDING:
         # A query that is not even its own ancestor stands at length - 1 and sees sliding_window keys from there.
         first = tl.maximum(length - sliding_window, 0) // keys_per_split
-    return first, (tl.minimum(length + window, num_keys) + keys_per_split - 1) // keys_per_split
+    return first, (tl.minimum(length + extent, num_keys) + keys_per_split - 1) // keys_per_split
 
 
-@triton.jit(do_not_specialize=["window", "num_keys", "keys_per_split", "sliding_window"])
+@triton.jit(do_not_specialize=["window", "extent", "num_keys", "keys_per_split", "sliding_window"])
 def _attend_kernel(
     query_ptr,
     keys_ptr,
@@ -97,6 +97,7 @@ def _attend_kernel(
     max_ptr,  # [B * H_kv, splits, T * G]
     sum_ptr,
     window,
+    extent,  # keys of the window: in a tree they may be more than its queries, which are the last ones
     num_keys,
     keys_per_split,
     sliding_window,
@@ -136,7 +137,7 @@ def _attend_kernel(
     kv_head = (head % kv_heads).to(tl.int64)
     length = tl.load(lengths_ptr + batch).to(tl.int32)
     if SPLIT:
-        first_split, end_split = _split_range(length, window, num_keys, keys_per_split, sliding_window, SLIDING)
+        first_split, end_split = _split_range(length, extent, num_keys, keys_per_split, sliding_window, SLIDING)
         if (split < first_split) | (split >= end_split):
             return
 
@@ -160,10 +161,10 @@ def _attend_kernel(
     # Keys from `begin` (a multiple of BLOCK_N) to before `end` hold all that this tile sees of the chunk.
     begin = split * keys_per_split
     if TREE:
-        words = tl.load(ancestors_ptr + batch * window + step, mask=is_row, other=0)
+        words = tl.load(ancestors_ptr + batch * extent + (extent - window) + step, mask=is_row, other=0)
         position = length + _popcount(words) - 1
         oldest = length - 1
-        end = length + window
+        end = length + extent
     else:
         position = length + step
         oldest = length + tile * BLOCK_M // GROUPS
@@ -201,7 +202,7 @@ def _attend_kernel(
             visible = is_key[None, :] & ((slot < 0)[None, :] | is_ancestor)
             if SLIDING:
                 is_slot = is_key & (slot >= 0)
-                key_words = tl.load(ancestors_ptr + batch * window + slot, mask=is_slot, other=0)
+                key_words = tl.load(ancestors_ptr + batch * extent + slot, mask=is_slot, other=0)
                 key_position = tl.where(is_slot, length + _popcount(key_words) - 1, key)
         else:
             visible = is_key[None, :] & (key[None, :] <= position[:, None])
@@ -231,7 +232,7 @@ def _attend_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["window", "num_keys", "num_splits", "keys_per_split", "sliding_window"])
+@triton.jit(do_not_specialize=["window", "extent", "num_keys", "num_splits", "keys_per_split", "sliding_window"])
 def _combine_kernel(
     partial_ptr,  # [B * H_kv, splits, T * G, D_v]
     max_ptr,  # [B * H_kv, splits, T * G]
@@ -239,6 +240,7 @@ def _combine_kernel(
     lengths_ptr,
     out_ptr,  # [B, T, H, D_v]
     window,
+    extent,
     num_keys,
     num_splits,
     keys_per_split,
@@ -256,7 +258,7 @@ def _combine_kernel(
     batch = (head // kv_heads).to(tl.int64)
     kv_head = (head % kv_heads).to(tl.int64)
     length = tl.load(lengths_ptr + batch).to(tl.int32)
-    first_split, end_split = _split_range(length, window, num_keys, keys_per_split, sliding_window, SLIDING)
+    first_split, end_split = _split_range(length, extent, num_keys, keys_per_split, sliding_window, SLIDING)
 
     value_dim = tl.arange(0, BLOCK_DV)
     is_value_dim = value_dim < VALUE_DIM
@@ -350,6 +352,49 @@ def _write_kernel(
     tl.store(target + position[:, None] * values_stride + dim[None, :] * values_dim_stride, states, mask=mask)
 
 
+@triton.jit
+def _compact_kernel(
+    keys_ptr,
+    values_ptr,
+    lengths_ptr,
+    slots_ptr,
+    steps,
+    kv_heads,
+    keys_batch_stride,
+    keys_head_stride,
+    keys_stride,
+    keys_dim_stride,
+    values_batch_stride,
+    values_head_stride,
+    values_stride,
+    values_dim_stride,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Grid (B * H_kv): a path's keys and values, one position after the other.
+
+    Slots rise along a path, so that a position is written only after it has been read.
+    """
+    head = tl.program_id(0)
+    batch = (head // kv_heads).to(tl.int64)
+    kv_head = (head % kv_heads).to(tl.int64)
+    length = tl.load(lengths_ptr + batch)
+    key_dim = tl.arange(0, BLOCK_D)
+    value_dim = tl.arange(0, BLOCK_DV)
+    keys_ptr += batch * keys_batch_stride + kv_head * keys_head_stride + key_dim * keys_dim_stride
+    values_ptr += batch * values_batch_stride + kv_head * values_head_stride + value_dim * values_dim_stride
+    for step in range(steps):
+        slot = tl.load(slots_ptr + batch * steps + step)
+        moves = slot != step
+        key = tl.load(keys_ptr + (length + slot) * keys_stride, mask=moves & (key_dim < HEAD_DIM), other=0.0)
+        value = tl.load(values_ptr + (length + slot) * values_stride, mask=moves & (value_dim < VALUE_DIM), other=0.0)
+        # A lane reads and writes the same dimensions throughout: no barrier is needed.
+        tl.store(keys_ptr + (length + step) * keys_stride, key, mask=moves & (key_dim < HEAD_DIM))
+        tl.store(values_ptr + (length + step) * values_stride, value, mask=moves & (value_dim < VALUE_DIM))
+
+
 def _tiles(num_rows: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """Sizes of a program, from what one model and window fix: never from the batch, the lengths or the capacity.
 
@@ -402,6 +447,7 @@ def attend(
     kv_heads, num_keys, value_dim = values.shape[1:]
     groups = heads // kv_heads
     num_rows = groups * window
+    extent = window if ancestors is None else ancestors.shape[1]
     out = query.new_empty(batch, window, heads, value_dim)
     if out.numel() == 0:
         return out
@@ -426,6 +472,7 @@ def attend(
             maxima,
             sums,
             window,
+            extent,
             num_keys,
             keys_per_split,
             sliding_window or 0,
@@ -452,6 +499,7 @@ def attend(
                 lengths.contiguous(),
                 out,
                 window,
+                extent,
                 num_keys,
                 num_splits,
                 keys_per_split,
@@ -491,6 +539,30 @@ def write(key_states: Tensor, value_states: Tensor, keys: Tensor, values: Tensor
             HEAD_DIM=head_dim,
             VALUE_DIM=value_dim,
             BLOCK_T=_WRITE_BLOCK,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_DV=triton.next_power_of_2(value_dim),
+            num_warps=4,
+        )
+
+
+def compact(keys: Tensor, values: Tensor, lengths: Tensor, slots: Tensor) -> None:
+    """`specproxy_kernels.compact_window`, in one launch; any dtype."""
+    batch, kv_heads, _, head_dim = keys.shape
+    value_dim = values.shape[3]
+    if batch * kv_heads == 0 or slots.shape[1] == 0:
+        return
+    with torch.cuda.device_of(keys):
+        _compact_kernel[(batch * kv_heads,)](
+            keys,
+            values,
+            lengths.contiguous(),
+            slots.contiguous(),
+            slots.shape[1],
+            kv_heads,
+            *keys.stride(),
+            *values.stride(),
+            HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_DV=triton.next_power_of_2(value_dim),
             num_warps=4,

@@ -1,7 +1,9 @@
-"""Draft sampling: from a drafter's logits to one token a row, and the descriptor of the law it was drawn from.
+"""Draft sampling: from a drafter's logits to one token a row, and the descriptor of the law it was drawn from; or to
+the best candidates of every node of a token tree.
 
-One launch. Without filters every split of a row is a program of its own, and the last one to finish combines them; with
-filters a row is one program, which scans, filters and races in turn.
+A draft takes one launch. Without filters every split of a row is a program of its own, and the last one to finish
+combines them; with filters a row is one program, which scans, filters and races in turn. Candidates take one launch
+that writes what every token is raced by (behind one for the filters, where there are any), and torch's own top-k.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from torch import Tensor
 
 from specproxy_kernels.fused import arguments
 from specproxy_kernels.fused.filters import filter_row
-from specproxy_kernels.fused.laws import INFINITY, SAMPLING, scaled_logits
-from specproxy_kernels.fused.rows import SPLIT, arrive, combine_race, combine_splits, scan_split
-from specproxy_kernels.laws import WarpParameters
+from specproxy_kernels.fused.laws import INFINITY, SAMPLING, is_greedy, scaled_logits
+from specproxy_kernels.fused.noise import RUN, lane_word, tile_ids, token_words
+from specproxy_kernels.fused.rows import COUNTERS, SPLIT, arrive, combine_race, combine_splits, race_key, scan_split
+from specproxy_kernels.laws import WarpParameters, repeat_rows
 from specproxy_kernels.noise import PURPOSE_TOKEN
 from specproxy_kernels.reference import DraftLaw, NoiseStream
 
-__all__ = ["sample_drafts"]
+__all__ = ["sample_candidates", "sample_drafts"]
 
 _TOKEN = tl.constexpr(PURPOSE_TOKEN)
 _BLOCK = tl.constexpr(1024)
@@ -94,6 +97,40 @@ def filtered_draft_kernel(
     tl.store(lse_pointer + row, lse)
 
 
+@triton.jit(do_not_specialize=["position"])
+def race_kernel(
+    law,
+    keys,
+    tau_pointer,
+    race_pointer,
+    position,
+    vocab_size,
+    BLOCKS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    FILTERS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """What every token of a row is raced by, float64 [rows, V]; grid (splits, rows)."""
+    first = tl.program_id(0) * SPLIT
+    row = tl.program_id(1)
+    UNROLL: tl.constexpr = 4 if (SAMPLING | FEATURES) == SAMPLING else 1
+    lane_0 = tile_ids(first, COUNTERS)
+    greedy = is_greedy(law, row)
+    if SAMPLING & FEATURES:
+        w0, w1, w2, w3 = token_words(keys, row, position, _TOKEN, first, COUNTERS, BLOCKS)
+    for lane in tl.range(4, loop_unroll_factor=UNROLL):
+        ids = lane_0 + lane * RUN
+        inside = ids < vocab_size
+        z, _ = scaled_logits(law, row, position, ids, inside, 0, FEATURES, COMPUTE)
+        if FILTERS != 0:
+            z = tl.where(z >= tl.load(tau_pointer + row), z, -INFINITY)
+        if SAMPLING & FEATURES:
+            race = race_key(z, lane_word(lane, w0, w1, w2, w3), greedy)
+        else:
+            race = z.to(tl.float64)
+        tl.store(race_pointer + row.to(tl.int64) * vocab_size + ids, race, mask=inside)
+
+
 def sample_drafts(
     logits: Tensor, parameters: WarpParameters, drafts: Tensor, noise: NoiseStream, vocab_size: int
 ) -> tuple[Tensor, DraftLaw]:
@@ -125,3 +162,31 @@ def sample_drafts(
                 COMPUTE=prepared.compute, **arguments.launch_options(prepared),
             )  # fmt: skip
     return token, DraftLaw(logits, tau, lse)
+
+
+def sample_candidates(
+    logits: Tensor, parameters: WarpParameters, drafts: Tensor, noise: NoiseStream, vocab_size: int, count: int
+) -> Tensor:
+    """`specproxy_kernels.reference.sample_candidates`, whose arguments and results are described there."""
+    batch, nodes, position = drafts.shape
+    rows = batch * nodes
+    device = logits.device
+    # Every node is a row of its own, with the draws of its sequence.
+    flat = logits.reshape(rows, 1, -1)
+    own = NoiseStream(*(value[:, None].expand(-1, nodes).flatten() for value in (noise.key, noise.start)))
+    repeated = repeat_rows(parameters, nodes)
+    prepared = arguments.prepare(flat, [], repeated, drafts.reshape(rows, -1), vocab_size, one_position=True)
+    keys, blocks = arguments.noise_keys(own)
+    tau = own.key  # not read without filters
+    if prepared.filters:
+        _, law = sample_drafts(flat, repeated, drafts.reshape(rows, -1), own, vocab_size)
+        assert law.tau is not None
+        tau = law.tau
+    race = torch.empty(rows, vocab_size, dtype=torch.float64, device=device)
+    with arguments.on(device):
+        race_kernel[(triton.cdiv(vocab_size, SPLIT.value), rows)](
+            prepared.law, keys, tau, race, position, vocab_size,
+            BLOCKS=blocks, FEATURES=prepared.features, FILTERS=prepared.filters, COMPUTE=prepared.compute,
+            **arguments.launch_options(prepared),
+        )  # fmt: skip
+    return race.topk(count, dim=-1).indices.view(batch, nodes, count)

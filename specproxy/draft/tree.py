@@ -1,0 +1,64 @@
+"""The expert drafts a token tree: level by level, one forward over all nodes of a level.
+
+The guesses of a node are the tokens with the largest warped logits + noise of its depth, so that its first one is the
+draft of a chain there, and under `coupled` meets the target's own draw.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specproxy.policy import Plan
+from specproxy.state import EXPERT, DecodeState, Draft
+from specproxy.trio import TrioRunners
+from specproxy_kernels import NoiseStream, WarpParameters, combine_logits, kernel_path, sample_candidates
+
+__all__ = ["TreeDrafter"]
+
+
+class TreeDrafter:
+    """Fills `plan.tree` with the expert's guesses, and leaves its logits at the nodes that it has run.
+
+    Those are all nodes where asking which leaf is reached would synchronise, or Python sees every position; else the
+    nodes that have children.
+    """
+
+    name = "tree"
+
+    def propose(self, state: DecodeState, runners: TrioRunners, noise: NoiseStream, plan: Plan) -> Draft:
+        """Guess the tokens of every node; see `Drafter`."""
+        tree = plan.tree
+        assert tree is not None and state.equality_decides, "trees are for what equality decides"
+        runs_leaves = kernel_path(state.device) == "triton" or state.is_dense
+        nodes, own_nodes = (runners.nodes(tree, device) for device in (state.device, runners.expert.device))
+        parameters = state.warp(tree.depth + 1)
+        noise.expect(tree.depth + 1)  # the target's draws read the same noise, down to the last level
+        tokens = state.pending[EXPERT][:, None]  # int64 [B, nodes so far]
+        logits: list[Tensor] = []
+        for depth, (level, inner) in enumerate(zip(tree.levels, tree.expanded, strict=True)):
+            run = level if runs_leaves else inner
+            if run:
+                here = tokens[:, run.start : run.stop]
+                logits.append(runners.expert.forward(here, offset=run.start, nodes=own_nodes).to(state.device))
+            if inner:
+                prefix = tokens[:, nodes.paths[inner.start : inner.stop, 1 : depth + 1]]  # [B, m, depth]
+                scores = logits[-1][:, : len(inner)]
+                guesses = _guess(state, scores, parameters, prefix, noise, nodes.num_guesses[depth])
+                tokens = torch.cat([tokens, guesses.flatten(1)[:, nodes.picks[depth]]], dim=1)
+        expert_logits = torch.cat(logits, dim=1)  # [B, nodes run, V_expert]
+        return Draft(tokens[:, 1:], state.num_drafts(tree.depth), None, expert_logits, tree)
+
+
+def _guess(
+    state: DecodeState, logits: Tensor, parameters: WarpParameters, prefix: Tensor, noise: NoiseStream, count: int
+) -> Tensor:
+    """int64 [B, m, count], the best guesses behind m nodes, from logits [B, m, V] and drafts before [B, m, depth]."""
+    if state.has_processors:
+        logits = combine_logits(logits, [], state.vocab_size, state.shared_ids)[0]
+        processed = [
+            state.process(logits[:, node : node + 1], prefix[:, node], first=prefix.shape[2])
+            for node in range(prefix.shape[1])
+        ]
+        logits = torch.cat(processed, dim=1)
+    return sample_candidates(logits, parameters, prefix, noise, state.vocab_size, count)
