@@ -55,8 +55,8 @@ from benchmarks.gpu_latency import latency_steps
 from benchmarks.gpu_memory import memory_steps
 from benchmarks.kernel_cases import Case, attention_cases, build, run_cycle, sampling_cases
 from benchmarks.kernel_checks import check_all, check_attention, check_sampling, summarised
-from benchmarks.report import require_matplotlib
 from benchmarks.steps import FAILED, FINISHED, Skipped, Step, load, run_steps, store
+from benchmarks.tables import require_matplotlib
 from benchmarks.trace import device_work_within, marked, profiled
 from specproxy import ProxyTunedModel
 from specproxy.demo import example_prompts

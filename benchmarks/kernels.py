@@ -54,7 +54,7 @@ from benchmarks.kernel_cases import (
     run_attention,
     verify,
 )
-from benchmarks.report import require_matplotlib
+from benchmarks.tables import require_matplotlib
 from specproxy_kernels import reference
 from specproxy_kernels.attention import ragged_attention_reference
 

@@ -41,8 +41,8 @@ from benchmarks.decoders import Options, make_decoders
 from benchmarks.grow import SHAPES, cost_parameters, grow, grow_to_cost_ratio, parse_shape
 from benchmarks.measure import ForwardClock, synchroniser
 from benchmarks.prompts import QUESTION, demo_prompts, load_prompts
-from benchmarks.report import plot, print_tables, require_matplotlib
 from benchmarks.runs import Run, run_once, summarise
+from benchmarks.tables import plot, print_tables, require_matplotlib
 from specproxy import ProxyTunedModel, SpecProxyError, __version__
 from specproxy.config import SamplingParameters, SpeculationParameters
 

@@ -81,6 +81,21 @@ def weighted_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Te
     return (each * flat).sum() / flat.sum().clamp_min(1e-6)
 
 
+def starting_weights(source: Path) -> dict[str, torch.Tensor]:
+    """Weights to start from.
+
+    Args:
+        source: A checkpoint of this module, or a model's folder as `training.export` writes it.
+
+    Returns:
+        The state of a model of `build`, in float32.
+    """
+    if source.is_dir():
+        return LlamaForCausalLM.from_pretrained(source, dtype=torch.float32).state_dict()
+    weights: dict[str, torch.Tensor] = torch.load(source, weights_only=True)["model"]
+    return weights
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Writes a checkpoint so that a crash leaves either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +110,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
     parser.add_argument("--rows", type=Path, required=True, help="a .npz of training.prepare")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint; the run goes on from it where it exists")
-    parser.add_argument("--start-from", type=Path, default=None, help="checkpoint whose weights to start from (tuning)")
+    parser.add_argument(
+        "--start-from", type=Path, default=None, help="checkpoint, or a model's folder, whose weights to start from"
+    )
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=0.02, help="of Muon; AdamW takes a quarter")
@@ -128,7 +145,7 @@ def main() -> None:
         step = state["step"]
         print(f"goes on from step {step}", flush=True)
     elif arguments.start_from is not None:
-        model.load_state_dict(torch.load(arguments.start_from, weights_only=True)["model"])
+        model.load_state_dict(starting_weights(arguments.start_from))
     forward = torch.compile(model) if arguments.compile else model
 
     def save() -> None:
