@@ -18,7 +18,7 @@ test-slow:
 	PYTHON=$(PYTHON) scripts/vllm_environment.sh $@
 
 test-vllm: .venv-vllm
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -o addopts= -o filterwarnings=default -ra tests/vllm_engine
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -o addopts= -o filterwarnings=default -rA tests/vllm_engine
 
 lint:
 	$(BIN)/ruff check .

@@ -46,7 +46,7 @@ from benchmarks.tables import plot, print_tables, require_matplotlib
 from specproxy import ProxyTunedModel, SpecProxyError, __version__
 from specproxy.config import SamplingParameters, SpeculationParameters
 
-__all__ = ["main"]
+__all__ = ["main", "measured"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,15 +55,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error, which stands on standard error in one line.
     """
-    parser = _parser()
-    options = parser.parse_args(arguments)
     try:
-        _check(options)
-        print(json.dumps(measure(options)))
+        print(json.dumps(measured(arguments)))
     except (SpecProxyError, ValueError, OSError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def measured(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """What the command prints: measured as its arguments say.
+
+    Raises:
+        ValueError: for arguments that do not fit together.
+        SpecProxyError: from the models.
+    """
+    options = _parser().parse_args(arguments)
+    _check(options)
+    return measure(options)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-__all__ = ["FINISHED", "Skipped", "Step", "load", "run_steps", "store"]
+__all__ = ["FINISHED", "PASSED", "Skipped", "Step", "load", "run_steps", "store"]
 
 PASSED, FAILED, SKIPPED, ERROR = "passed", "failed", "skipped", "error"
 FINISHED = (PASSED, FAILED, SKIPPED)  # an error may be the machine's: such a step is run again

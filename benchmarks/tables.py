@@ -107,7 +107,7 @@ def require_matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("--plot needs matplotlib; install it with: pip install 'specproxy[bench]'") from error
+        raise ImportError("charts need matplotlib; install it with: pip install 'specproxy[bench]'") from error
     matplotlib.use("Agg")
     return matplotlib
 

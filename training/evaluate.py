@@ -80,6 +80,20 @@ class Scorer:
         return overlap, (target.argmax(-1) == draft.argmax(-1)).float().mean().item()
 
 
+def answers(law: Law, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], rows: int = 64) -> list[str]:
+    """Greedy continuations of prompts, so many at a time: those of one length together, since they end together."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    texts = [""] * len(encoded)
+    for start in range(0, len(order), rows):
+        places = order[start : start + rows]
+        continued = law.greedy([encoded[i] for i in places], LONGEST_ANSWER, eos, pad)
+        for i, ids in zip(places, continued, strict=True):
+            texts[i] = tokenizer.decode(ids)
+    return texts
+
+
 def score_problems(law: Law, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> dict[str, float]:
     """Greedy answers to problems.
 
@@ -87,11 +101,9 @@ def score_problems(law: Law, tokenizer: PreTrainedTokenizerFast, problems: Seque
         ``exact``: share with the right number after ``####``; ``steps``: share of the steps written as expected, each
         in its place among the answer's equations; ``format``: share that ends in a line ``#### N`` at all.
     """
-    prompts = [tokenizer(problem.prompt)["input_ids"] for problem in problems]
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     exact = steps_right = steps = formatted = 0
-    for problem, ids in zip(problems, law.greedy(prompts, LONGEST_ANSWER, eos, pad), strict=True):
-        text = tokenizer.decode(ids)
+    texts = answers(law, tokenizer, [problem.prompt for problem in problems])
+    for problem, text in zip(problems, texts, strict=True):
         final = re.search(r"#### (\d+)\s*$", text)
         formatted += final is not None
         exact += final is not None and int(final.group(1)) == problem.result
