@@ -65,6 +65,8 @@ class SamplingParameters:
         top_p: in (0, 1]; keep the smallest set of that mass, ties included; 1 or None keeps all.
         min_p: in [0, 1]; keep tokens of at least min_p times the largest probability; None keeps all.
         repetition_penalty: > 0; divides positive and multiplies negative logits of tokens already in prompt or output.
+        presence_penalty: taken off the logits of tokens already in the output.
+        frequency_penalty: taken off once for every time a token stands in the output.
 
     Raises:
         ConfigurationError: for a value outside its range.
@@ -76,6 +78,8 @@ class SamplingParameters:
     top_p: float | None = 1.0
     min_p: float | None = None
     repetition_penalty: float | None = 1.0
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.do_sample, bool):
@@ -93,6 +97,14 @@ class SamplingParameters:
         penalty = self.repetition_penalty
         if penalty is not None and check_number("repetition_penalty", penalty) <= 0:
             raise ConfigurationError(f"repetition_penalty={penalty!r} must be above 0; 1 changes nothing.")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name))
+
+    @property
+    def counts_output(self) -> bool:
+        """Whether the law depends on how often the output holds a token."""
+        return bool(self.presence_penalty) or bool(self.frequency_penalty)
 
 
 @dataclass(frozen=True)

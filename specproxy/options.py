@@ -34,7 +34,16 @@ _LAW = (
     "remove_invalid_values",
     "renormalize_logits",
 )
-_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_SAMPLING = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 _LENGTH = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings")
 _OUTPUT = ("num_return_sequences", "output_scores", "output_logits", "return_dict_in_generate")
 _FLAGS = ("output_scores", "output_logits", "return_dict_in_generate", "remove_invalid_values", "renormalize_logits")

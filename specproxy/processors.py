@@ -7,7 +7,7 @@ order, once per row and position, with that row's own unpadded prefix. Knows not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -73,14 +73,37 @@ class TokenBan:
     until: int | None = None
 
 
+class CountPenaltyProcessor:
+    """Presence and frequency penalties where a row's other options run in Python; the warp has them otherwise.
+
+    Args:
+        sampling: the penalties.
+        prompt_length: of the base's unpadded prompt, whose tokens do not count.
+
+    Source: OpenAI's API reference, "frequency and presence penalties".
+    """
+
+    def __init__(self, sampling: SamplingParameters, prompt_length: int) -> None:
+        self._frequency = sampling.frequency_penalty or 0.0
+        self._presence = sampling.presence_penalty or 0.0
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [1, V] less the penalties for the prefix int64 [1, L]."""
+        counts = torch.bincount(input_ids[0, self._prompt_length :], minlength=scores.shape[-1])
+        penalty = self._frequency * counts + self._presence * (counts > 0)
+        return scores - penalty.to(scores.dtype)
+
+
 @dataclass(frozen=True)
 class RowLaw:
-    """How one row's combined logits become a law: processors, then bans, then the vectorised warp."""
+    """How one row's combined logits become a law: processors, then bans and bias, then the vectorised warp."""
 
     sampling: SamplingParameters
     processors: tuple[Processor, ...] = ()
     bans: tuple[TokenBan, ...] = ()
     removes_invalid: bool = False  # whether the processors take NaN and infinities
+    bias: tuple[tuple[int, float], ...] = ()  # per token id, added to its logit
 
     def process(self, prefix: Tensor, logits: Tensor) -> Tensor:
         """Processed logits [V] of one position, whose prefix is int64 [1, L]."""
@@ -148,7 +171,7 @@ class LawOptions:
         """Whether some option depends on the prefix, or is a filter that the vectorised warp does not have."""
         return self.has_python_warpers or any(
             (
-                self.sequence_bias is not None,
+                self.token_bias is None,
                 bool(self.no_repeat_ngram_size),
                 any(isinstance(word, Sequence) and len(word) > 1 for word in self.bad_words_ids or ()),
                 self.prefix_allowed_tokens_fn is not None,
@@ -160,6 +183,17 @@ class LawOptions:
                 bool(self.logits_processor),
             )
         )
+
+    @property
+    def token_bias(self) -> tuple[tuple[int, float], ...] | None:
+        """`sequence_bias` as pairs of id and bias, where every sequence is one token; None where some is longer."""
+        if self.sequence_bias is None:
+            return ()
+        is_mapping = isinstance(self.sequence_bias, Mapping)
+        pairs = list(self.sequence_bias.items() if is_mapping else self.sequence_bias)
+        if any(len(sequence) > 1 for sequence, _ in pairs):
+            return None
+        return tuple((int(sequence[0]), float(value)) for sequence, value in pairs)
 
     @property
     def has_python_warpers(self) -> bool:
@@ -209,9 +243,13 @@ def row_law(
         device=device,
     )
     if not options.needs_python:  # they were built all the same, so that Transformers has checked their values
-        return RowLaw(options.sampling, bans=_bans(options, min_new_tokens, eos_token_ids))
+        return RowLaw(
+            options.sampling, bias=options.token_bias or (), bans=_bans(options, min_new_tokens, eos_token_ids)
+        )
     processors = _merged(processors, options.logits_processor)
-    sampling = replace(options.sampling, repetition_penalty=None)
+    sampling = replace(options.sampling, repetition_penalty=None, presence_penalty=None, frequency_penalty=None)
+    if options.sampling.counts_output:
+        processors.append(CountPenaltyProcessor(options.sampling, prompt_length))
     if options.has_python_warpers:
         processors += configured_warpers(options)
         sampling = replace(sampling, temperature=1.0, top_k=None, top_p=None, min_p=None)

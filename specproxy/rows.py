@@ -116,18 +116,25 @@ def make_row(
     Raises:
         ConfigurationError: for an option's unusable value.
     """
+    own = row_law(
+        law,
+        row_index=index,
+        prompt_length=len(prompts[BASE]),
+        min_new_tokens=min_new_tokens,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        device=trio.device,
+    )
+    outside = [token for token, _ in own.bias if token >= trio.vocabulary.size]
+    if outside:
+        raise ConfigurationError(
+            f"sequence_bias holds id {outside[0]}, outside the shared vocabulary of {trio.vocabulary.size}; "
+            "leave it out."
+        )
     return Row(
         index=index,
         prompts=prompts,
-        law=row_law(
-            law,
-            row_index=index,
-            prompt_length=len(prompts[BASE]),
-            min_new_tokens=min_new_tokens,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=eos_token_ids,
-            device=trio.device,
-        ),
+        law=own,
         alphas=alphas,
         key=key,
         max_new_tokens=max_new_tokens,

@@ -21,7 +21,7 @@ from specproxy.processors import RowLaw
 from specproxy.schedule import CONSTANT, SCHEDULE_SIZE, AlphaSchedule, scheduled_strengths
 from specproxy.stats import SpeculationStats
 from specproxy.tree import TreeShape
-from specproxy.warp import build_warp, needs_seen_tokens
+from specproxy.warp import build_warp, needs_counts, needs_seen_tokens
 from specproxy_kernels import DraftLaw, NoiseStream, WarpParameters, pack_allowed_tokens
 
 __all__ = ["ANTI_EXPERT", "BASE", "EXPERT", "FINISHED", "DecodeState", "Draft", "Row"]
@@ -30,7 +30,15 @@ BASE, EXPERT, ANTI_EXPERT = "base", "expert", "anti_expert"
 FINISHED = ("stop", "length")  # ways for a row to end that its text is complete with
 
 # Per row in the warp, and known to the host alone until rows change.
-_WARP_COLUMNS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_WARP_COLUMNS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+)
 
 StoppingCriterion = Callable[[Tensor, Any], Tensor | bool]
 
@@ -173,7 +181,7 @@ class DecodeState:
         self.shared_ids = None if allowed is None else allowed.to(device)  # int32 [1, 1, ceil(V / 32)], None: all
         self._host_allowed = None if allowed is None else allowed.cpu()
         self._buffers = {} if buffers is None else buffers
-        self._uses_seen = False
+        self._uses_seen = self._uses_counts = False
         self.has_schedules = False
         for name in (*self.roles, "start", "key", "remaining", "most_drafts"):
             self._buffer(name).zero_()
@@ -193,8 +201,14 @@ class DecodeState:
     @property
     def changing(self) -> list[Tensor]:
         """Every buffer that a commit changes."""
-        names = (*self.roles, "start", "remaining", *(["seen"] if self._uses_seen else []))
+        names = (*self.roles, "start", "remaining", *self._history)
         return [self._buffers[name] for name in names]
+
+    @property
+    def _history(self) -> list[str]:
+        """Buffers [B, V] of what rows have read and written, as far as some row's law has asked for them."""
+        uses = {"seen": self._uses_seen, "counts": self._uses_counts}
+        return [name for name, used in uses.items() if used]
 
     def _look(self, width: int) -> None:
         """Point the views at the first `width` rows."""
@@ -208,6 +222,7 @@ class DecodeState:
         self.most_drafts = buffers["most_drafts"][:width]  # [B]
         self._schedule = buffers["schedule"][:width] if self.has_schedules else None  # float64 [B, SCHEDULE_SIZE]
         self.seen = buffers["seen"][:width] if self._uses_seen else None  # bool [B, V]
+        self.counts = buffers["counts"][:width] if self._uses_counts else None  # int32 [B, V]
 
     def _write(self, name: str, first: int, values: Sequence[Any]) -> None:
         buffer = self._buffers[name]
@@ -236,12 +251,15 @@ class DecodeState:
         self._write("most_drafts", first, [row.max_draft_tokens for row in rows])
         self._write("alpha", first, [row.alphas for row in rows])
         self._load_schedules(first)
-        if not self._uses_seen and needs_seen_tokens([row.law.sampling for row in rows]):
-            self._uses_seen = True
-            first = 0
-        if self._uses_seen:
+        laws = [row.law.sampling for row in rows]
+        if self._uses_seen or needs_seen_tokens(laws):
+            since, self._uses_seen = first if self._uses_seen else 0, True
             seen = self._buffer("seen", self.vocab_size, dtype=torch.bool)
-            seen[first : len(self.rows)] = self._seen(self.rows[first:])
+            seen[since : len(self.rows)] = self._seen(self.rows[since:])
+        if self._uses_counts or needs_counts(laws):
+            since, self._uses_counts = first if self._uses_counts else 0, True
+            counts = self._buffer("counts", self.vocab_size, dtype=torch.int32)
+            counts[since : len(self.rows)] = self._counts(self.rows[since:])
         self._rebuild()
 
     def _load_schedules(self, first: int) -> None:
@@ -258,8 +276,7 @@ class DecodeState:
         count, before = len(slots), len(self.rows)
         self.rows = [self.rows[slot] for slot in slots]
         index = torch.tensor(slots, dtype=torch.long).to(self.device)
-        moving = [*self.roles, "start", "key", "remaining", "most_drafts", "alpha"]
-        moving += ["seen"] if self._uses_seen else []
+        moving = [*self.roles, "start", "key", "remaining", "most_drafts", "alpha", *self._history]
         moving += ["schedule"] if self.has_schedules else []
         for name in moving:
             self._buffers[name][:count] = self._buffers[name][index]
@@ -271,6 +288,13 @@ class DecodeState:
         for i, row in enumerate(rows):
             seen[i, [t for t in row.prompts[BASE] + row.tokens if t < self.vocab_size]] = True
         return seen.to(self.device)
+
+    def _counts(self, rows: list[Row]) -> Tensor:
+        counts = torch.zeros(len(rows), self.vocab_size, dtype=torch.int32)
+        for i, row in enumerate(rows):
+            tokens = torch.tensor(row.tokens, dtype=torch.long)
+            counts[i] = torch.bincount(tokens, minlength=self.vocab_size)
+        return counts.to(self.device)
 
     def widen(self, width: int) -> None:
         """Let the views reach over `width` rows, the last of them idle; a change of rows takes this back."""
@@ -286,9 +310,10 @@ class DecodeState:
             return
         # Idle rows take after the first one, so that they ask for nothing that no row in flight needs.
         rows = self.rows + [self.rows[0]] * (self.width - len(self.rows))
-        warp = build_warp([row.law.sampling for row in rows], self.seen, None, self.device)
+        warp = build_warp([row.law.sampling for row in rows], self.seen, None, self.device, self.counts)
         columns = {name: getattr(warp, name) for name in _WARP_COLUMNS}
         columns["allowed"] = self._allowed(rows, 1, forever=True) if any(row.law.bans for row in rows) else None
+        columns["logit_bias"] = self._bias(rows) if any(row.law.bias for row in rows) else None
         kept: dict[str, Any] = {
             name: self._keep_column(name, column) for name, column in columns.items() if column is not None
         }
@@ -322,6 +347,14 @@ class DecodeState:
                 allowed[i, :last, ids] = False
         packed = pack_allowed_tokens(allowed)
         return packed if self._host_allowed is None else packed & self._host_allowed
+
+    def _bias(self, rows: list[Row]) -> Tensor:
+        """float32 [B, V], as Transformers keeps a bias."""
+        bias = torch.zeros(len(rows), self.vocab_size)
+        for i, row in enumerate(rows):
+            for token, value in row.law.bias:
+                bias[i, token] = value
+        return bias
 
     @property
     def has_changing_bans(self) -> bool:
@@ -416,6 +449,11 @@ class DecodeState:
                 token = drafts[:, i : i + 1]
                 self.seen.scatter_(1, token, self.seen.gather(1, token) | (num_accepted > i)[:, None])
             self.seen.scatter_(1, next_token[:, None], True)
+        if self.counts is not None:
+            for i in range(drafts.shape[1]):
+                accepted = (num_accepted > i)[:, None].to(self.counts.dtype)
+                self.counts.scatter_add_(1, drafts[:, i : i + 1], accepted)
+            self.counts.scatter_add_(1, next_token[:, None], torch.ones_like(next_token[:, None], dtype=torch.int32))
         advance = (num_accepted + 1) * (self.remaining > 0)
         self.start += advance
         self.remaining.sub_(advance).clamp_(min=0)

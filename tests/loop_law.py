@@ -123,7 +123,14 @@ def exact_law(case: LoopCase, prompt: Sequence[int]) -> np.ndarray:
             combined, bad = combine(base, [(expert, anti_expert, alpha)], vocab)
             assert not bad
             seen = {*prompt, *prefix} if "repetition_penalty" in arguments else ()
-            warped = warp(combined, **arguments, top_k=case.settings.get("top_k", 0), seen=seen, allowed=allowed)
+            warped = warp(
+                combined,
+                **arguments,
+                top_k=case.settings.get("top_k", 0),
+                seen=seen,
+                output=prefix,
+                allowed=allowed,
+            )
             step[prefix] = warped.prob
         law = law[..., None] * step
     return law

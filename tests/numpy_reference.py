@@ -60,14 +60,19 @@ def warp(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seen: Collection[int] = (),
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    output: Sequence[int] = (),
     allowed: np.ndarray | None = None,
 ) -> Warped:
-    """Penalty, temperature, top-k, top-p, min-p, in this order; ties at a boundary are kept."""
+    """Penalties, temperature, top-k, top-p, min-p, in this order; ties at a boundary are kept."""
     z = np.array(scores, dtype=np.float64)
     if allowed is not None:
         z[~allowed] = -INF
     for token in set(seen):
         z[token] = z[token] * repetition_penalty if z[token] < 0 else z[token] / repetition_penalty
+    for token in set(output):
+        z[token] -= presence_penalty + frequency_penalty * list(output).count(token)
     if temperature > 0:
         z = z / temperature
     kept = z > -INF

@@ -45,6 +45,12 @@ LAWS: dict[str, dict[str, Any]] = {
     "greedy with a penalty": {"do_sample": False, "repetition_penalty": 1.4},
     "plain": {"top_k": 0},
     "all": {"top_k": 12, "top_p": 0.9, "min_p": 0.02, "temperature": 1.2, "repetition_penalty": 1.3},
+    "counted": {
+        "top_k": 0,
+        "presence_penalty": 0.6,
+        "frequency_penalty": 0.7,
+        "sequence_bias": [[[5], 2.0], [[8], -3.0]],
+    },
     "banned": {"top_k": 0, "suppress_tokens": [1, 5, 8]},
     "a schedule": {"top_k": 0, "alpha_schedule": AlphaSchedule(cutoff=5, half_life=3)},
     "a ban that ends": {"top_k": 0, "min_new_tokens": 4, "eos_token_id": 3},

@@ -19,6 +19,7 @@ CASES = [
     LoopCase("rejection", 2),
     LoopCase("rejection", 3, FILTERS, seed=1),
     LoopCase("rejection", 2, {"repetition_penalty": 1.7}, ids=(0, 1, 2, 4, 5), extra=2),
+    LoopCase("rejection", 2, {"presence_penalty": 0.5, "frequency_penalty": 0.4}, seed=1, extra=1),
     LoopCase("block", 1),
     LoopCase("block", 3),
     LoopCase("block", 2, FILTERS, seed=1, extra=2),

@@ -214,7 +214,7 @@ class Engine:
         Args:
             prompt: token ids, not empty.
             max_new_tokens: 20 by default; 0 only reads the prompt, for `prompt_logprobs`.
-            sampling: in place of do_sample, temperature, top_k, top_p, min_p and repetition_penalty.
+            sampling: in place of do_sample, temperature, top_k, top_p, min_p and the penalties.
             alpha: strength of the first pair, or one number per pair; the model's by default.
             alpha_schedule: how the strengths change over the new tokens.
             seed: an integer; without one a sampled text cannot be repeated.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from specproxy_kernels import kernel_path, row_keys
 __all__ = ["MAX_LOGPROBS", "Request", "describe", "make_request"]
 
 MAX_LOGPROBS = 100
-_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_SAMPLING = tuple(field.name for field in fields(SamplingParameters))
 # Arguments of `generate` that mean nothing to one request of an engine, with what to do instead.
 _REFUSED = {
     "max_time": "use deadline",
