@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal
@@ -359,31 +359,40 @@ def _stop(shared: _Shared) -> None:
         thread.join()
 
 
+@contextmanager
+def _serving(shared: _Shared) -> Iterator[Scheduler]:
+    """Borrow the models, and make what runs the requests; in the thread that runs them."""
+    trio, count, speculation = shared.model._trio, shared.max_batch_size, shared.speculation
+    is_cuda = trio.device.type == "cuda"
+    # A captured cycle runs over a power of two of rows; prompts are read behind all of them.
+    staging = bucket(count, 2 * count) if is_cuda else count
+    capacity = min(shared.max_model_len, _FIRST_CAPACITY)
+    with (
+        torch.cuda.device(trio.device) if is_cuda else nullcontext(),
+        torch.inference_mode(),
+        trio.runners(staging + 1, capacity, speculation.cuda_graphs) as runners,
+    ):
+        shared.scheduler = Scheduler(
+            trio,
+            runners,
+            shared.queue,
+            policy=AdaptiveWindow() if speculation.num_draft_tokens == "auto" else None,
+            rule=speculation.acceptance,
+            max_batch_size=count,
+            staging=staging,
+            max_total_tokens=shared.max_total_tokens,
+            prefill_chunk=shared.prefill_chunk,
+            prefixes=PrefixStore(shared.prefix_cache),
+        )
+        yield shared.scheduler
+
+
 def _run(shared: _Shared) -> None:
     """The loop's thread."""
-    queue, trio = shared.queue, shared.model._trio
-    count, speculation = shared.max_batch_size, shared.speculation
-    # A captured cycle runs over a power of two of rows; prompts are read behind all of them.
-    staging = bucket(count, 2 * count) if trio.device.type == "cuda" else count
+    queue = shared.queue
     ending: tuple[str, str | None] = ("cancelled", None)
     try:
-        with (
-            torch.cuda.device(trio.device) if trio.device.type == "cuda" else nullcontext(),
-            torch.inference_mode(),
-            trio.runners(staging + 1, min(shared.max_model_len, _FIRST_CAPACITY), speculation.cuda_graphs) as runners,
-        ):
-            scheduler = shared.scheduler = Scheduler(
-                trio,
-                runners,
-                queue,
-                policy=AdaptiveWindow() if speculation.num_draft_tokens == "auto" else None,
-                rule=speculation.acceptance,
-                max_batch_size=count,
-                staging=staging,
-                max_total_tokens=shared.max_total_tokens,
-                prefill_chunk=shared.prefill_chunk,
-                prefixes=PrefixStore(shared.prefix_cache),
-            )
+        with _serving(shared) as scheduler:
             while not shared.is_closing:
                 with queue.changed:
                     if not scheduler.has_work:

@@ -29,7 +29,7 @@ from specproxy_kernels import combine_logits, kernel_path
 
 __all__ = ["Counts", "Queue", "Scheduler"]
 
-_MAX_FAULTS = 3  # turns in a row that may fail before the loop gives up
+_MAX_FAULTS = 3  # cycles, or prompts, that may fail in a row before the loop gives up
 
 
 class Queue:
@@ -172,7 +172,7 @@ class Scheduler:
         self.running: dict[int, Request] = {}  # by the number of their row
         self.reading: _Reading | None = None
         self._policy = _Windows(policy, self.counts, self.state)
-        self._faults = 0
+        self._faults = Counter[str]()  # in a row, over prompts and in cycles
 
     @property
     def has_work(self) -> bool:
@@ -242,10 +242,10 @@ class Scheduler:
                 if self.reading.is_done:
                     self.reading = None
                     self._admit(request)
-                self._faults = 0
+                self._faults["prompt"] = 0
             except Exception as error:
                 self._drop_reading("error", f"its prompt could not be read: {describe(error)}", request)
-                self._count_fault(error)
+                self._count_fault("prompt", error)
 
     def _begin_reading(self) -> bool:
         """Give the oldest waiting request the slot for prompts, where there is a row for it."""
@@ -267,7 +267,7 @@ class Scheduler:
                 self.reading.done = self.prefixes.restore(self.runners, self.staging, prompts, held)
             except Exception as error:
                 self._drop_reading("error", f"its prompt could not be read: {describe(error)}")
-                self._count_fault(error)
+                self._count_fault("prompt", error)
                 return self._begin_reading()
         request.num_reused_tokens = self.reading.done[BASE]
         self.counts.prompt_tokens += len(prompts[BASE])
@@ -349,9 +349,9 @@ class Scheduler:
             rows = step(self.state, self.runners, self._policy, self.counts.speculation, self._retain)
         except Exception as error:
             self._end_after_fault(error, is_settled=self._progress() != before)
-            self._count_fault(error)
+            self._count_fault("cycle", error)
             return
-        self._faults = 0
+        self._faults["cycle"] = 0
         self.counts.cycles += 1
         for row in rows:
             self._deliver(self.running[row.index])
@@ -386,7 +386,7 @@ class Scheduler:
         Until a cycle is settled the host still knows every row as it was. So where memory has run out, the row that
         came last is given up and the others go on; after anything else none of the rows can be trusted.
         """
-        if is_out_of_memory(error) and not is_settled:
+        if _is_out_of_memory(error) and not is_settled:
             requests = [max(self.running.values(), key=lambda request: request.row.index)]
             message = "memory ran out during a cycle, and this request was the last to come"
         else:
@@ -407,15 +407,16 @@ class Scheduler:
         self.state.reload()
         evict_finished(self.state, self.runners)
 
-    def _count_fault(self, error: Exception) -> None:
+    def _count_fault(self, place: str, error: Exception) -> None:
+        """Give the loop up where nothing but faults comes; lack of memory is over once requests have gone."""
         self.counts.failed_turns += 1
-        if not is_out_of_memory(error):
-            self._faults += 1
-        if self._faults >= _MAX_FAULTS:
+        if not _is_out_of_memory(error):
+            self._faults[place] += 1
+        if self._faults[place] >= _MAX_FAULTS:
             raise error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation has failed, on a device or on the host."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
