@@ -12,11 +12,11 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from specproxy.accept import Outcome, accept
+from specproxy.accept import Outcome, accept, would_accept
 from specproxy.config import MAX_DRAFT_TOKENS
 from specproxy.draft import drafter_of
 from specproxy.graphs import bucket
-from specproxy.policy import CycleReport, Plan, WindowPolicy
+from specproxy.policy import CycleReport, Outlook, Plan, WindowPolicy
 from specproxy.state import FINISHED, DecodeState, Draft, Row
 from specproxy.stats import DRAFT, TARGET, SpeculationStats
 from specproxy.tree import TreeShape
@@ -37,7 +37,8 @@ class Cycle:
 
     Args:
         packed: int64 [B, G + 4]: drafts, and of every row its number of drafts, accepted drafts, next token, status.
-            With a tree [B, 2 D + 4]: the drafts of the path, its nodes, and the same four.
+            With a tree [B, 2 D + 4]: the drafts of the path, its nodes, and the same four. Where the plan listens
+            [B, 5]: in place of drafts, whether the expert's would have been accepted.
         window: the scored window, for messages and for recorded logits.
     """
 
@@ -65,13 +66,24 @@ def step(
         The rows that took part; those with a `finish_reason` are no longer in flight.
     """
     began = perf_counter() - runners.capture_seconds
+    tokens_before = stats.num_new_tokens
     plan = _plan(state, runners, policy)
     result = _run(state, runners, plan)
-    rows, num_drafts, num_accepted, ranks = _settle(state, runners, plan, result, stats, on_finish)
+    rows, packed = _settle(state, runners, plan, result, stats, on_finish)
 
-    identities = tuple(row.index for row in rows)
-    seconds = perf_counter() - runners.capture_seconds - began
-    policy.observe(CycleReport(plan, identities, num_drafts, num_accepted, runners.take_forwards(), seconds, ranks))
+    report = CycleReport(
+        plan,
+        rows=tuple(row.index for row in rows),
+        num_drafts=tuple(line[-4] for line in packed),
+        num_accepted=tuple(line[-3] for line in packed),
+        forwards=runners.take_forwards(),
+        seconds=perf_counter() - runners.capture_seconds - began,
+        ranks=() if plan.tree is None else tuple(_ranks(plan.tree, line) for line in packed),
+        heard=tuple(bool(line[0]) for line in packed) if plan.listens else (),
+    )
+    policy.observe(report)
+    emitted = stats.num_new_tokens - tokens_before
+    stats.record_cycle(plan.drafter, plan.num_drafts, plan.expected, (emitted, report.seconds))
     return rows
 
 
@@ -88,14 +100,19 @@ def cycle(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
     draft = drafter_of(plan).propose(state, runners, noise, plan)
     window = score_window(state, runners, draft)
     outcome = accept(state, runners, noise, draft, window)
-    return Cycle(_commit(state, runners, draft, outcome), window)
+    head = [draft.tokens] if draft.nodes is None else [draft.tokens, draft.nodes]
+    if plan.listens:
+        head = [would_accept(state, noise, window)[:, None]]
+    return Cycle(_commit(state, runners, draft, outcome, head), window)
 
 
 def _plan(state: DecodeState, runners: TrioRunners, policy: WindowPolicy) -> Plan:
     """The policy's choice, within the longest budget; no draft token enters it, and no neighbour's place."""
     # With captures, one for the last window of a text would cost more than drafts of which no row makes use.
     most = max(row.remaining for row in state.rows) if runners.graphs is None else MAX_DRAFT_TOKENS + 1
-    return policy.plan([row.index for row in state.rows], max(0, most - 1))
+    rows = tuple(row.index for row in state.rows)
+    useful = tuple(min(row.remaining - 1, row.max_draft_tokens) for row in state.rows)
+    return policy.plan(Outlook(rows, useful, max(0, most - 1)))
 
 
 def _run(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
@@ -114,10 +131,9 @@ def _run(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
     )
 
 
-def _commit(state: DecodeState, runners: TrioRunners, draft: Draft, outcome: Outcome) -> Tensor:
+def _commit(state: DecodeState, runners: TrioRunners, draft: Draft, outcome: Outcome, head: list[Tensor]) -> Tensor:
     """The only place that changes the device's side: tokens, budgets, lengths. Returns `Cycle.packed`."""
     columns = (draft.num_drafts, outcome.num_accepted, outcome.next_token, outcome.status)
-    head = [draft.tokens] if draft.nodes is None else [draft.tokens, draft.nodes]
     packed = torch.cat([*head, *(column[:, None] for column in columns)], dim=1)
     advance = state.commit(draft.tokens, outcome.num_accepted, outcome.next_token)
     for runner in runners:
@@ -132,11 +148,11 @@ def _settle(
     result: Cycle,
     stats: SpeculationStats,
     on_finish: Leave | None,
-) -> tuple[list[Row], tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]:
+) -> tuple[list[Row], list[list[int]]]:
     """The only place that changes the host's side: tokens, ends of rows, statistics, eviction.
 
     Returns:
-        The rows that took part, how many drafts each had, how many were accepted, and with a tree their ranks.
+        The rows that took part, and the lines of `Cycle.packed` as read.
     """
     packed = runners.read(result.packed[: len(state)])
     for runner in runners:
@@ -161,8 +177,7 @@ def _settle(
                 counts.record(drafted, num_accepted, taken, num_nodes)
                 counts.num_empty_residuals += bool(status & STATUS_EMPTY_RESIDUAL)
     evict_finished(state, runners, on_finish)
-    ranks = () if plan.tree is None else tuple(_ranks(plan.tree, line) for line in packed)
-    return rows, tuple(line[-4] for line in packed), tuple(line[-3] for line in packed), ranks
+    return rows, packed
 
 
 def _ranks(tree: TreeShape, line: list[int]) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ Checks every argument before any model runs. Knows nothing of text: token ids on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -19,7 +20,7 @@ from specproxy.config import SpeculationParameters, check_integer
 from specproxy.decode import admit, step
 from specproxy.errors import ConfigurationError, LogitsError, PromptError
 from specproxy.options import GenerationOptions
-from specproxy.policy import AdaptiveWindow, FixedWindow, WindowPolicy
+from specproxy.policy import FixedWindow, WindowPolicy
 from specproxy.rows import check_ids, check_lengths, end_ids, make_row, pair_strengths
 from specproxy.schedule import CONSTANT, AlphaSchedule
 from specproxy.state import BASE, DecodeState, Row
@@ -151,12 +152,18 @@ def _decode(
     began = perf_counter()
     stats = SpeculationStats(kernels=kernel_path(trio.device))
     count = speculation.num_draft_tokens
-    policy: WindowPolicy = AdaptiveWindow() if isinstance(count, str) else _fixed_window(trio, speculation)
     longest = max(len(prompt) for row in rows for prompt in row.prompts.values())
     # A long budget is rarely used up: its buffers grow as it goes.
     window = max(8 if isinstance(count, str) else count, speculation.num_tree_tokens) + 1
     capacity = longest + min(rows[0].max_new_tokens, 1024) + window
-    with torch.inference_mode(), trio.runners(len(rows), capacity, speculation.cuda_graphs) as runners:
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        runners = stack.enter_context(trio.runners(len(rows), capacity, speculation.cuda_graphs))
+        policy: WindowPolicy
+        if isinstance(count, str):
+            policy = stack.enter_context(trio.policy(captured=runners.graphs is not None))
+        else:
+            policy = _fixed_window(trio, speculation)
         state = DecodeState(
             runners.max_rows,
             trio.device,

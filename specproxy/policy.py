@@ -1,25 +1,19 @@
-"""Who drafts in the next cycle, and how many tokens. A pure function of what it is told, so that it can be replayed.
+"""Who drafts in the next cycle, and how many tokens: plans, what they are made from, and reports of what came of them.
 
-It may look at laws, costs and past acceptance, never at a token it would then discard: that would bias `rejection` and
-`block`.
-
-With acceptance a, expert step e, base and anti-expert over W positions b(W), the policy maximises over G
-
-    tokens a second  =  (1 - a^(G+1)) / (1 - a)  /  (G e + b(G + 1) + a^G e)
-
-Source: Leviathan et al. 2023, arXiv 2211.17192, section 3.3, with the costs of proxy-tuning's cycle.
+A policy is a pure function of what it is told, so that it can be replayed. It may look at laws, costs and past
+acceptance, never at a token it would then discard: that would bias `rejection` and `block`. `specproxy.auto` holds the
+policy that learns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from specproxy.costs import ForwardTime
 from specproxy.tree import TreeShape
 
-__all__ = ["AdaptiveWindow", "CycleReport", "FixedWindow", "Plan", "WindowPolicy"]
+__all__ = ["CycleReport", "FixedWindow", "Outlook", "Plan", "WindowPolicy"]
 
 
 @dataclass(frozen=True)
@@ -30,19 +24,39 @@ class Plan:
         num_drafts: G, drafts of a row at most; 0 is a per-step cycle.
         drafter: who proposes them.
         tree: where equality decides, the tree that is drafted in place of a chain; its depth is `num_drafts`.
+        listens: whether a per-step cycle tells if the expert's draft would have been accepted; no other plan may.
+        expected: tokens of all rows and seconds of the cycle, as the policy predicts them; for statistics alone.
     """
 
     num_drafts: int
     drafter: str = "expert"
     tree: TreeShape | None = None
+    listens: bool = False
+    expected: tuple[float, float] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         assert self.tree is None or self.tree.depth == self.num_drafts, "a tree's depth is the number of drafts"
+        assert not (self.listens and self.num_drafts), "a cycle with drafts hears of them anyway"
 
     @property
     def window(self) -> int:
         """W: positions that the base and the anti-expert score."""
         return self.num_drafts + 1 if self.tree is None else len(self.tree)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a plan is made for.
+
+    Args:
+        rows: in flight, by their `index`.
+        useful: drafts of each that it can make use of, within its budget and its own limit; may be negative.
+        most: drafts that there is room for.
+    """
+
+    rows: tuple[int, ...]
+    useful: tuple[int, ...]
+    most: int
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class CycleReport:
         seconds: of the whole cycle.
         ranks: with a tree, the ranks of the accepted drafts of each row, by depth: a path in the plan's tree. Behind
             it the target's token was no guess of the node there, if that node has any and the row's budget left more.
+        heard: where the plan listens, for each row whether the expert's draft would have been accepted.
     """
 
     plan: Plan
@@ -67,13 +82,14 @@ class CycleReport:
     forwards: tuple[ForwardTime, ...]
     seconds: float
     ranks: tuple[tuple[int, ...], ...] = ()
+    heard: tuple[bool, ...] = ()
 
 
 class WindowPolicy(Protocol):
     """Makes a plan before a cycle and hears of it afterwards."""
 
-    def plan(self, rows: Sequence[int], most: int) -> Plan:
-        """The next cycle of the rows in flight, by their `index`, with at most `most` drafts."""
+    def plan(self, outlook: Outlook) -> Plan:
+        """The next cycle, with at most `outlook.most` drafts a row."""
         ...
 
     def observe(self, report: CycleReport) -> None:
@@ -93,82 +109,11 @@ class FixedWindow:
     def __init__(self, count: int, drafter: str = "expert", tree: TreeShape | None = None) -> None:
         self._plan = Plan(count, drafter, tree)
 
-    def plan(self, rows: Sequence[int], most: int) -> Plan:
+    def plan(self, outlook: Outlook) -> Plan:
         """The fixed number, as far as there is room."""
-        count = min(self._plan.num_drafts, most)
+        count = min(self._plan.num_drafts, outlook.most)
         tree = None if self._plan.tree is None or count == 0 else self._plan.tree.cut(count)
         return replace(self._plan, num_drafts=count, tree=tree)
 
     def observe(self, report: CycleReport) -> None:
         """Nothing to learn."""
-
-
-class AdaptiveWindow:
-    """Follows decayed acceptance and measured costs; starts by drafting, and tries again after a while without drafts.
-
-    Args:
-        first: drafts of the first cycle.
-        most: largest number of drafts considered.
-    """
-
-    _DECAY = 0.9  # per cycle: acceptance follows the last ten cycles or so
-    _COST_DECAY = 0.7
-    _PRIOR_DRAFTS, _PRIOR_ACCEPTANCE = 2.0, 0.7
-    _SLOPE = 0.1  # assumed cost of one more window position, relative to a window of one, until measured
-    _PROBE_EVERY = 32  # cycles without drafts before one is tried again
-
-    def __init__(self, first: int = 4, most: int = 8) -> None:
-        self._first, self._most = first, most
-        self._drafted = self._accepted = 0.0
-        self._expert_seconds: float | None = None
-        self._window_seconds: dict[int, float] = {}
-        self._idle = 0
-
-    @property
-    def acceptance(self) -> float:
-        """Running probability that a draft is accepted, given that those before it were."""
-        drafts = self._drafted + self._PRIOR_DRAFTS
-        return min((self._accepted + self._PRIOR_DRAFTS * self._PRIOR_ACCEPTANCE) / drafts, 0.999)
-
-    def plan(self, rows: Sequence[int], most: int) -> Plan:
-        """The number of drafts with the most expected tokens a second."""
-        return Plan(min(self._num_drafts(), most))
-
-    def _num_drafts(self) -> int:
-        if self._expert_seconds is None or not self._window_seconds:
-            return self._first
-        best = max(range(self._most + 1), key=self.rate)
-        if best == 0 and self._idle >= self._PROBE_EVERY:
-            return 1
-        return best
-
-    def rate(self, count: int) -> float:
-        """Expected tokens a second and row with `count` drafts."""
-        assert self._expert_seconds is not None
-        a = self.acceptance
-        tokens = (1 - a ** (count + 1)) / (1 - a)
-        return tokens / ((count + a**count) * self._expert_seconds + self._window_cost(count + 1))
-
-    def _window_cost(self, window: int) -> float:
-        if window in self._window_seconds:
-            return self._window_seconds[window]
-        nearest = min(self._window_seconds, key=lambda measured: (abs(measured - window), measured))
-        seconds = self._window_seconds[nearest]
-        return seconds * (1 + self._SLOPE * (window - 1)) / (1 + self._SLOPE * (nearest - 1))
-
-    def observe(self, report: CycleReport) -> None:
-        """Fold a cycle's acceptance and costs into the running figures."""
-        drafts = report.plan.num_drafts
-        self._idle = 0 if drafts else self._idle + 1
-        if drafts:
-            pairs = zip(report.num_accepted, report.num_drafts, strict=True)
-            self._drafted = self._drafted * self._DECAY + sum(min(kept + 1, count) for kept, count in pairs)
-            self._accepted = self._accepted * self._DECAY + sum(report.num_accepted)
-        steps = [forward.seconds for forward in report.forwards if forward.role == "expert"]
-        window_seconds = sum(forward.seconds for forward in report.forwards if forward.role != "expert")
-        before = self._window_seconds.get(drafts + 1, window_seconds)
-        self._window_seconds[drafts + 1] = before + (1 - self._COST_DECAY) * (window_seconds - before)
-        if steps:
-            mean = sum(steps) / len(steps)
-            expert = mean if self._expert_seconds is None else self._expert_seconds
-            self._expert_seconds = expert + (1 - self._COST_DECAY) * (mean - expert)

@@ -23,6 +23,10 @@ class SpeculationStats:
         num_empty_residuals: refusals whose residual had no mass (rounding) and fell back to the target law.
         accepted_per_position: how often the draft at each window position became output.
         drafted_per_position: how often a draft at each window position was verified.
+        windows: how many cycles had each number of drafts, by drafter; a cycle counts once, whatever its rows.
+        num_per_step_cycles: cycles without drafts.
+        expected: what the policy predicted, "tokens" and "seconds", over the cycles for which it did.
+        realised: what those cycles gave and took.
         token_sources: per row and new token, "draft" (proposed by the drafter and accepted) or "target" (residual or
             bonus).
         seconds: time of the call: "total", forwards of "expert", "anti_expert" (where there is one) and "base", and
@@ -38,6 +42,10 @@ class SpeculationStats:
     num_empty_residuals: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
     drafted_per_position: list[int] = field(default_factory=list)
+    windows: dict[str, dict[int, int]] = field(default_factory=dict)
+    num_per_step_cycles: int = 0
+    expected: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "seconds": 0.0})
+    realised: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "seconds": 0.0})
     token_sources: list[list[str]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     kernels: str = "torch"
@@ -83,6 +91,37 @@ class SpeculationStats:
         for i in range(accepted):
             self.accepted_per_position[i] += 1
 
+    def record_cycle(
+        self, drafter: str, num_drafts: int, expected: tuple[float, float] | None, realised: tuple[float, float]
+    ) -> None:
+        """Count a cycle of all rows.
+
+        Args:
+            drafter: who drafted.
+            num_drafts: planned, of a row at most.
+            expected: tokens of all rows and seconds, as the policy predicted them; None where it did not.
+            realised: the same as they came.
+        """
+        if num_drafts == 0:
+            self.num_per_step_cycles += 1
+        else:
+            own = self.windows.setdefault(drafter, {})
+            own[num_drafts] = own.get(num_drafts, 0) + 1
+        if expected is not None:
+            for total, (tokens, seconds) in ((self.expected, expected), (self.realised, realised)):
+                total["tokens"] += tokens
+                total["seconds"] += seconds
+
+    @property
+    def expected_tokens_per_second(self) -> float:
+        """As the policy predicted it; 0.0 without predictions."""
+        return _rate(self.expected)
+
+    @property
+    def realised_tokens_per_second(self) -> float:
+        """Of the cycles for which there were predictions; 0.0 without."""
+        return _rate(self.realised)
+
     def to_dict(self) -> dict[str, Any]:
         """All counts and rates as JSON-ready values."""
         return {
@@ -97,7 +136,18 @@ class SpeculationStats:
             "num_empty_residuals": self.num_empty_residuals,
             "accepted_per_position": list(self.accepted_per_position),
             "drafted_per_position": list(self.drafted_per_position),
+            "windows": {
+                drafter: {str(count): cycles for count, cycles in sorted(own.items())}
+                for drafter, own in self.windows.items()
+            },
+            "num_per_step_cycles": self.num_per_step_cycles,
+            "expected_tokens_per_second": self.expected_tokens_per_second,
+            "realised_tokens_per_second": self.realised_tokens_per_second,
             "token_sources": [list(sources) for sources in self.token_sources],
             "seconds": dict(self.seconds),
             "kernels": self.kernels,
         }
+
+
+def _rate(total: dict[str, float]) -> float:
+    return total["tokens"] / total["seconds"] if total["seconds"] else 0.0

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specproxy.attention import borrowed
+from specproxy.auto import AutoPolicy
 from specproxy.config import check_alpha
 from specproxy.costs import ForwardTime
 from specproxy.graphs import Branches, Graphs, make_graphs
@@ -175,6 +176,7 @@ class Trio:
         self.vocabulary = share_vocabulary(self.widths, tokenizers)
         self.overlap = False  # whether captures run the small models beside the base: to be measured before it is on
         self._lock = Lock()
+        self._policies: dict[bool, AutoPolicy] = {}  # that no call has now, by whether cycles are captured
         self._spare: tuple[list[int], TrioRunners] | None = None  # addresses of the weights it was made for
         self.position_limits = {role: position_limit(model) for role, model in self.models.items()}
 
@@ -200,6 +202,19 @@ class Trio:
             if pad is not None:
                 return int(pad)
         return None
+
+    @contextmanager
+    def policy(self, captured: bool) -> Iterator[AutoPolicy]:
+        """The policy that learns, for one call: with what it knows from earlier ones, where no other call has it.
+
+        Args:
+            captured: whether cycles are captured, which changes what they cost.
+        """
+        with self._lock:
+            policy = self._policies.pop(captured, None) or AutoPolicy()
+        policy.start()
+        yield policy
+        self._policies[captured] = policy
 
     @contextmanager
     def runners(self, max_rows: int, capacity: int, cuda_graphs: bool | None = None) -> Iterator[TrioRunners]:

@@ -111,6 +111,13 @@ def _summary(stats: SpeculationStats, comparison: Comparison | None) -> Table:
         "mean acceptance length, without bonus", f"{stats.mean_acceptance_length_without_bonus:.2f} tokens a cycle"
     )
     table.add_row("cycles", str(stats.num_cycles))
+    if stats.expected["seconds"]:
+        for drafter, windows in sorted(stats.windows.items()):
+            counts = ", ".join(f"{cycles} with {count}" for count, cycles in sorted(windows.items()))
+            table.add_row(f"windows of the {drafter}", counts)
+        table.add_row("cycles without drafts", str(stats.num_per_step_cycles))
+        table.add_row("predicted by the policy", f"{stats.expected_tokens_per_second:.1f} tokens/s")
+        table.add_row("realised in those cycles", f"{stats.realised_tokens_per_second:.1f} tokens/s")
     if comparison is not None:
         table.add_row("speed", f"{median(comparison.speculative):.1f} tokens/s")
         table.add_row("per-step speed, same run", f"{median(comparison.per_step):.1f} tokens/s")

@@ -8,9 +8,9 @@ from torch import Tensor
 from specproxy.policy import Plan
 from specproxy.state import EXPERT, DecodeState, Draft
 from specproxy.trio import TrioRunners
-from specproxy_kernels import DraftLaw, NoiseStream, combine_logits, sample_drafts
+from specproxy_kernels import DraftLaw, NoiseStream, WarpParameters, combine_logits, sample_drafts
 
-__all__ = ["ExpertDrafter"]
+__all__ = ["ExpertDrafter", "draw_draft"]
 
 
 class ExpertDrafter:
@@ -37,14 +37,31 @@ def _draw(state: DecodeState, runners: TrioRunners, noise: NoiseStream, count: i
     token = state.pending[EXPERT][:, None]
     for i in range(count):
         raw.append(runners.expert.forward(token, offset=i).to(state.device))
-        logits = raw[-1]
-        if state.has_processors:
-            logits = combine_logits(logits, [], state.vocab_size, state.shared_ids)[0]
-            logits = state.process(logits, drafts, first=i)
-        token, law = sample_drafts(logits, parameters, drafts, noise, state.vocab_size)
+        token, law = draw_draft(state, raw[-1], parameters, drafts, noise)
         drafts = torch.cat([drafts, token], dim=1)
         laws.append(law)
     tau = None if laws[0].tau is None else torch.cat([law.tau for law in laws if law.tau is not None], dim=1)
     joined = DraftLaw(torch.cat([law.logits for law in laws], dim=1), tau, torch.cat([law.lse for law in laws], dim=1))
     expert_logits = torch.cat(raw, dim=1) if state.has_processors else joined.logits
     return Draft(drafts, num_drafts, joined, expert_logits)
+
+
+def draw_draft(
+    state: DecodeState, logits: Tensor, parameters: WarpParameters, drafts: Tensor, noise: NoiseStream
+) -> tuple[Tensor, DraftLaw]:
+    """Draw one draft of every row from the expert's law.
+
+    Args:
+        state: the rows in flight.
+        logits: the expert's raw logits [B, 1, V_expert] behind the drafts.
+        parameters: of the rows.
+        drafts: int64 [B, i], of the window before this position.
+        noise: of the cycle.
+
+    Returns:
+        int64 [B, 1] and the law, as in `specproxy_kernels.sample_drafts`.
+    """
+    if state.has_processors:
+        logits = combine_logits(logits, [], state.vocab_size, state.shared_ids)[0]
+        logits = state.process(logits, drafts, first=drafts.shape[1])
+    return sample_drafts(logits, parameters, drafts, noise, state.vocab_size)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from specproxy.auto import AutoPolicy
 from specproxy.config import SamplingParameters, SpeculationParameters, check_integer
 from specproxy.engine.handle import RequestHandle
 from specproxy.engine.prefixes import PrefixStore
@@ -22,7 +23,6 @@ from specproxy.engine.scheduler import Queue, Scheduler
 from specproxy.errors import ConfigurationError, EngineClosed, EngineFull
 from specproxy.graphs import bucket
 from specproxy.model import ProxyTunedModel
-from specproxy.policy import AdaptiveWindow
 from specproxy.schedule import AlphaSchedule
 from specproxy.stats import SpeculationStats
 
@@ -376,7 +376,7 @@ def _serving(shared: _Shared) -> Iterator[Scheduler]:
             trio,
             runners,
             shared.queue,
-            policy=AdaptiveWindow() if speculation.num_draft_tokens == "auto" else None,
+            policy=AutoPolicy() if speculation.num_draft_tokens == "auto" else None,
             rule=speculation.acceptance,
             max_batch_size=count,
             staging=staging,

@@ -9,8 +9,7 @@ with others are the queue and the handles.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Condition
 from time import monotonic
 
@@ -21,7 +20,7 @@ from specproxy.engine.handle import Block
 from specproxy.engine.logprobs import token_logprobs
 from specproxy.engine.prefixes import PrefixStore
 from specproxy.engine.requests import Request, describe
-from specproxy.policy import CycleReport, Plan, WindowPolicy
+from specproxy.policy import CycleReport, Outlook, Plan, WindowPolicy
 from specproxy.state import BASE, FINISHED, DecodeState, Row
 from specproxy.stats import SpeculationStats
 from specproxy.trio import Trio, TrioRunners
@@ -98,10 +97,10 @@ class _Windows:
     def __init__(self, policy: WindowPolicy | None, counts: Counts, rows: DecodeState) -> None:
         self._policy, self._counts, self._rows = policy, counts, rows
 
-    def plan(self, rows: Sequence[int], most: int) -> Plan:
+    def plan(self, outlook: Outlook) -> Plan:
         """See `WindowPolicy`."""
-        most = min(most, max(row.max_draft_tokens for row in self._rows.rows))
-        return Plan(most) if self._policy is None else self._policy.plan(rows, most)
+        most = min(outlook.most, max(row.max_draft_tokens for row in self._rows.rows))
+        return Plan(most) if self._policy is None else self._policy.plan(replace(outlook, most=most))
 
     def observe(self, report: CycleReport) -> None:
         """See `WindowPolicy`."""

@@ -1,0 +1,114 @@
+"""How many leading drafts will survive: estimates from how earlier ones fared. Knows nothing of tokens or models.
+
+A row's rate is drawn in steps towards what is known better and less closely: its last few drafts towards its longer
+past, that towards all rows, those towards a prior. A new row so starts from its neighbours. How acceptance changes
+along a draft is alike in all rows (what has survived stands on easy text) and is learnt from them together: the odds of
+position i are the row's odds times those of position i over all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterable
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Forecast"]
+
+_RECENT, _LONG = 0.9, 0.98  # what a trial leaves of the row's earlier ones
+_POOL = 0.98  # what a cycle leaves of the earlier ones over all rows
+_PRIOR = 0.7, 2.0  # acceptance, and the trials that it counts for
+_POOL_WEIGHT, _LONG_WEIGHT, _POSITION_WEIGHT = 4.0, 3.0, 12.0  # trials that each coarser estimate counts for
+_LEAST, _GREATEST = 0.005, 0.995
+
+
+class _Past:
+    """Decayed trials and successes of one row: of its last drafts, and of its longer past."""
+
+    def __init__(self) -> None:
+        self.recent_trials = self.recent_kept = self.long_trials = self.long_kept = 0.0
+
+    def add(self, trials: int, kept: int) -> None:
+        recent, long = _RECENT**trials, _LONG**trials
+        self.recent_trials = self.recent_trials * recent + trials
+        self.recent_kept = self.recent_kept * recent + kept
+        self.long_trials = self.long_trials * long + trials
+        self.long_kept = self.long_kept * long + kept
+
+    def rate(self, pool: float) -> float:
+        past = (self.long_kept + _POOL_WEIGHT * pool) / (self.long_trials + _POOL_WEIGHT)
+        return (self.recent_kept + _LONG_WEIGHT * past) / (self.recent_trials + _LONG_WEIGHT)
+
+
+class Forecast:
+    """Acceptance of one drafter.
+
+    Args:
+        positions: drafts of a row at most.
+    """
+
+    def __init__(self, positions: int) -> None:
+        self._trials = np.zeros(positions)  # over all rows, by position, decayed
+        self._kept = np.zeros(positions)
+        self._past: dict[Hashable, _Past] = {}
+        self._odds: Any = None
+
+    def hear(self, drafts: Iterable[tuple[Hashable, int, int]]) -> None:
+        """Take one cycle's drafts into account.
+
+        Args:
+            drafts: (key, drafted, accepted) for every row; rows without drafts tell nothing. The key is the row, or a
+                class of rows that fare alike.
+        """
+        by_key: dict[Hashable, tuple[int, int]] = {}
+        self._trials *= _POOL
+        self._kept *= _POOL
+        for key, drafted, accepted in drafts:
+            if drafted <= 0:
+                continue
+            tested = min(accepted + 1, drafted)
+            self._trials[:tested] += 1
+            self._kept[:accepted] += 1
+            trials, kept = by_key.get(key, (0, 0))
+            by_key[key] = trials + tested, kept + accepted
+        for key, (trials, kept) in by_key.items():
+            self._past.setdefault(key, _Past()).add(trials, kept)
+        self._odds = None
+
+    @property
+    def rate(self) -> float:
+        """Probability that a draft survives, given that those before it did: over all rows and positions."""
+        prior, weight = _PRIOR
+        return float((self._kept.sum() + weight * prior) / (self._trials.sum() + weight))
+
+    def survival(self, keys: Iterable[Hashable]) -> Any:
+        """Probability that the first i + 1 drafts all survive, float64 [rows, positions].
+
+        Args:
+            keys: of the rows; unknown ones take the rate of all.
+        """
+        pool = self.rate
+        if self._odds is None:
+            self._odds = self._position_odds(pool)
+        past = (self._past.get(key) for key in keys)
+        rates = np.array([pool if one is None else one.rate(pool) for one in past]).clip(_LEAST, _GREATEST)
+        odds = (rates / (1 - rates))[:, None] * self._odds
+        return (odds / (1 + odds)).cumprod(axis=1)
+
+    def _position_odds(self, pool: float) -> Any:
+        """Odds at each position over the odds of all positions together; each drawn towards the one before it."""
+        rates, before = [], pool
+        for trials, kept in zip(self._trials.tolist(), self._kept.tolist(), strict=True):
+            before = (kept + _POSITION_WEIGHT * before) / (trials + _POSITION_WEIGHT)
+            rates.append(before)
+        each, both = np.clip(rates, _LEAST, _GREATEST), min(max(pool, _LEAST), _GREATEST)
+        return each / (1 - each) * (1 - both) / both
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are remembered."""
+        return len(self._past)
+
+    def keep(self, keys: Collection[Hashable]) -> None:
+        """Forget all rows but these; what they have taught about all rows stays."""
+        self._past = {key: past for key, past in self._past.items() if key in keys}
