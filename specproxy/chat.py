@@ -57,7 +57,7 @@ def check_messages(messages: Sequence[Message]) -> list[Message]:
 
 
 def render_prompt(
-    messages: Sequence[Message], template: ChatTemplate | None, tokenizer: Any, name: str
+    messages: Sequence[Message], template: ChatTemplate | None, tokenizer: Any, name: str, continues: bool = False
 ) -> tuple[str, bool]:
     """One role's prompt, and whether the tokenizer is still to add its special tokens (a template has written them).
 
@@ -68,6 +68,7 @@ def render_prompt(
             "raw".
         tokenizer: of the role.
         name: of the argument, for messages.
+        continues: whether the last message is the beginning of the answer and stays open.
 
     Raises:
         ConfigurationError: "chat" without a template, or a template that cannot be rendered.
@@ -84,8 +85,9 @@ def render_prompt(
     if template != "chat" and "{{" not in template:
         raise ConfigurationError(f'{name}={template!r} prints no message; pass "chat", "raw" or a Jinja template.')
     own = {} if template == "chat" else {"chat_template": template}
+    turn = {"add_generation_prompt": not continues, "continue_final_message": continues}
     try:
-        prompt: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **own)
+        prompt: str = tokenizer.apply_chat_template(list(messages), tokenize=False, **turn, **own)
     except TemplateError as error:
         raise ConfigurationError(f"{name} cannot be rendered: {error}") from error
     return prompt, False

@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 from specproxy.commands.arguments import grouped
 from specproxy.commands.chat import chat
 from specproxy.commands.check import check
+from specproxy.commands.eval import evaluate
 from specproxy.commands.generate import generate
 from specproxy.commands.vllm_config import vllm_config
 from specproxy.errors import SpecProxyError
@@ -28,6 +29,7 @@ EXIT_ERROR = 2
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 for _command in (generate, chat, check, vllm_config):
     app.command()(grouped(_command))
+app.command("eval")(grouped(evaluate))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -39,7 +39,8 @@ def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
         OSError: where the file cannot be read.
     """
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(): a string in JSON may hold separators of lines and paragraphs as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -161,6 +161,8 @@ def test_problem_files(tmp_path: Path) -> None:
     first, second = load_problems(path, needs_answers=True)
     assert (first.prompt, first.answer) == ("Question: How many?\nAnswer:", "#### 2")
     assert (second.prompt, second.answer) == ("Question: Why?\nAnswer:", "So.")
+    path.write_text('{"prompt": "one\u2028line"}\r\n{"prompt": "next"}\n', encoding="utf-8")
+    assert [problem.prompt for problem in load_problems(path)] == ["one\u2028line", "next"]
     path.write_text('{"question": "a", "answer": "1"}\n\n{"prompt": "b"}\n')
     assert load_problems(path)[1].answer is None
     with pytest.raises(PromptError, match="line 3 has no text under answer"):

@@ -53,6 +53,7 @@ LAYERS = [
     {"specproxy.state", "specproxy.options", "specproxy.auto"},
     {"specproxy.runner"},
     {"specproxy.trio"},
+    {"specproxy.batches"},
     {"specproxy.draft.expert", "specproxy.draft.interface", "specproxy.draft.tree", "specproxy.verify"},
     {"specproxy.draft", "specproxy.walk"},
     {"specproxy.accept"},
@@ -70,6 +71,9 @@ LAYERS = [
     {"specproxy.integrations.transformers", "specproxy.integrations.vllm.composite"},
     {"specproxy.integrations.vllm.roles"},
     {"specproxy.integrations.vllm.model", "specproxy.integrations.vllm"},
+    {"specproxy.integrations.lm_eval.model", "specproxy.integrations.lm_eval.data"},
+    {"specproxy.integrations.lm_eval.run", "specproxy.tasks.utils"},
+    {"specproxy.integrations.lm_eval"},
     {"specproxy"},
     # The function that Transformers loads from its folder: outside the package's own imports.
     {"specproxy.integrations.hub.custom_generate.generate", "specproxy.commands"},
@@ -79,15 +83,17 @@ LAYERS = [
         "specproxy.commands.generate",
         "specproxy.commands.chat",
         "specproxy.commands.check",
+        "specproxy.commands.eval",
         "specproxy.commands.vllm_config",
     },
     {"specproxy.cli"},
     {"specproxy.__main__"},
 ]
+EXTRAS = {"lm_eval", "datasets", "yaml"}  # lm_eval brings the others
 # What each package may import beside the standard library and itself.
 OUTSIDE = {
     "specproxy_kernels": {"torch", "triton"},
-    "specproxy": {"specproxy_kernels", "torch", "transformers", "numpy", "jinja2", "typer", "rich", "vllm"},
+    "specproxy": {"specproxy_kernels", "torch", "transformers", "numpy", "jinja2", "typer", "rich", "vllm", *EXTRAS},
 }
 PUBLIC = {
     "AlphaSchedule",

@@ -5,7 +5,6 @@ A group is a dataclass whose fields are Typer options; `grouped` gives a command
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import secrets
 import typing
@@ -16,12 +15,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from specproxy import demo
-from specproxy.config import check_alpha
+from specproxy.config import check_alpha, check_integer
 from specproxy.errors import ConfigurationError
 from specproxy.options import parse_options
 from specproxy.schedule import AlphaSchedule
 
-__all__ = ["DecodingOptions", "DeviceOptions", "ModelOptions", "grouped"]
+__all__ = ["BatchOptions", "DecodingOptions", "DeviceOptions", "ModelOptions", "grouped"]
 
 DEFAULT_TASK = "arithmetic"
 _ROLES = ("base", "expert", "anti_expert")
@@ -136,9 +135,7 @@ class DecodingOptions:
             "no_repeat_ngram_size": self.no_repeat_ngram_size,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        count: int | str = self.num_draft_tokens
-        with contextlib.suppress(ValueError):  # "auto", or refused below
-            count = int(count)
+        count = _count(self.num_draft_tokens)
         parse_options(
             given, None, count, self.acceptance, default_tokenizer=object(), num_tree_tokens=self.num_tree_tokens
         )
@@ -153,6 +150,47 @@ class DecodingOptions:
         if sampled:
             speculation["seed"] = secrets.randbits(32) if self.seed is None else self.seed
         return given | speculation
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How many texts are decoded one after another: what evaluations share."""
+
+    alpha: Annotated[float | None, typer.Option(help="Strength of the steering; the model's own by default.")] = None
+    num_draft_tokens: Annotated[str, typer.Option(metavar="N|auto", help="Drafts a cycle; 0 is per-step decoding.")] = (
+        "4"
+    )
+    acceptance: Annotated[str, typer.Option(help="rejection, block or coupled.")] = "rejection"
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 8
+    limit: Annotated[int | None, typer.Option(help="Most texts; of each task in eval.")] = None
+    seed: Annotated[int, typer.Option(help="Of sampling, few-shot examples and bootstraps.")] = 0
+
+    def __post_init__(self) -> None:
+        check_integer("--batch-size", self.batch_size, 1, "give a number of rows")
+        if self.limit is not None:
+            check_integer("--limit", self.limit, 1, "give a number of texts")
+        if self.alpha is not None:
+            check_alpha(self.alpha)
+        parse_options({}, None, self.drafts, self.acceptance, default_tokenizer=None)
+
+    @property
+    def drafts(self) -> int | str:
+        """`num_draft_tokens` of generate."""
+        return _count(self.num_draft_tokens)
+
+    @property
+    def speculation(self) -> dict[str, Any]:
+        """Keyword arguments of `generate` for speculation and strength."""
+        own = {} if self.alpha is None else {"alpha": self.alpha}
+        return {"num_draft_tokens": self.drafts, "acceptance": self.acceptance, **own}
+
+
+def _count(text: str) -> int | str:
+    """A number where the text is one; else the text, "auto" or what the check refuses."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def grouped(command: Callable[..., Any]) -> Callable[..., Any]:
