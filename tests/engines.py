@@ -47,14 +47,18 @@ class Driven:
         return [handle.result(timeout=0) for handle in handles]
 
     def assert_empty(self) -> None:
-        """No row, no position and no request is left anywhere."""
-        scheduler = self.scheduler
-        assert not (scheduler.has_work or scheduler.state.rows or scheduler.running or scheduler.reading)
-        for runner in scheduler.runners:
-            assert set(runner.cache.host_lengths) == {0}, runner.role
-            assert not runner.cache.lengths.any(), runner.role
-        assert not scheduler.state._buffers["remaining"].any()
-        assert scheduler.prefixes.positions <= scheduler.prefixes.max_positions
+        """See `assert_empty`."""
+        assert_empty(self.scheduler)
+
+
+def assert_empty(scheduler: Scheduler) -> None:
+    """No row, no position and no request is left anywhere."""
+    assert not (scheduler.has_work or scheduler.state.rows or scheduler.running or scheduler.reading)
+    for runner in scheduler.runners:
+        assert set(runner.cache.host_lengths) == {0}, runner.role
+        assert not runner.cache.lengths.any(), runner.role
+    assert not scheduler.state._buffers["remaining"].any()
+    assert scheduler.prefixes.positions <= scheduler.prefixes.max_positions
 
 
 @contextmanager

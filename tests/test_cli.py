@@ -482,6 +482,12 @@ def test_readme_example_runs(
         assert {"0 is complete", "1 is complete"} <= set(lines)
     elif "pipe" in scope:
         assert lines[-1].count("generated_text") == 2
+    elif "engine" in scope:
+        assert lines[-1].split()[0] in ("stop", "length")
+        for prompt, handle in zip(scope["prompts"], (scope["first"], scope["second"]), strict=True):
+            ids = scope["model"].tokenizer(prompt, return_tensors="pt").input_ids
+            alone = scope["model"].generate(ids, max_new_tokens=32)[0, ids.shape[1] :].tolist()
+            assert handle.result().tokens == alone
     elif "cuda_graphs" in example:
         captured = scope["model"].generate(scope["ids"], max_new_tokens=32, num_draft_tokens=4)
         assert torch.equal(scope["output"], captured)
@@ -493,13 +499,14 @@ def test_readme_example_runs(
 
 
 def test_readme_has_every_kind_of_example() -> None:
-    assert len(EXAMPLES_OF_README) == 10
+    assert len(EXAMPLES_OF_README) == 11
     kinds = (
         "from_pretrained",
         "chat(",
         "further_pairs",
         "AlphaSchedule",
         "RowStreamer",
+        "Engine(",
         "custom_generate(",
         "pipeline(",
         "cuda_graphs",

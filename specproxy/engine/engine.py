@@ -241,7 +241,7 @@ class Engine:
             EngineClosed: the engine takes no more requests.
         """
         shared, queue = self._shared, self._shared.queue
-        self._check_open()
+        self._check_room()  # both before the work of checking arguments, and again behind it
         request = make_request(
             self.model._trio,
             next(self._numbers),
@@ -266,9 +266,7 @@ class Engine:
             **arguments,
         )
         with queue.changed:
-            self._check_open()
-            if len(queue) >= queue.size:
-                raise EngineFull(f"{len(queue)} requests wait, as many as max_queue={queue.size} allows; try later.")
+            self._check_room()
             queue.requests.append(request)
             shared.idle.clear()
             if shared.thread is None:
@@ -277,11 +275,14 @@ class Engine:
             queue.changed.notify_all()
         return request.handle
 
-    def _check_open(self) -> None:
+    def _check_room(self) -> None:
         health = self.health
         if health.state != "ready":
             reason = f" ({health.reason})" if health.reason else ""
             raise EngineClosed(f"the engine is {health.state}{reason} and takes no more requests; make another one.")
+        queue = self._shared.queue
+        if len(queue) >= queue.size:
+            raise EngineFull(f"{len(queue)} requests wait, as many as max_queue={queue.size} allows; try later.")
 
     # Watching and ending.
 
