@@ -99,7 +99,7 @@ class Load:
                 {"prompt": prompt, "colour": "red"},
             ]
             with pytest.raises((ConfigurationError, PromptError)):
-                self.engine.submit(**chance.choice(bad))
+                await self.submit(**chance.choice(bad))
             self.seen[kind] += 1
             return
         arguments: dict[str, Any] = {"max_new_tokens": budget, "suppress_tokens": [self.poison]}
@@ -107,7 +107,7 @@ class Load:
             arguments["num_draft_tokens"] = chance.choice([0, 1, 7])
         if chance.random() < 0.1:
             arguments["logprobs"] = 2
-        handle = await self.submit([*prompt, self.poison] if kind == "poisoned" else prompt, arguments)
+        handle = await self.submit([*prompt, self.poison] if kind == "poisoned" else prompt, **arguments)
         if kind == "cancelled":
             await self.leave(handle, chance)
         elif chance.random() < 0.7:
@@ -126,7 +126,7 @@ class Load:
             assert total is not None
             self.latencies.append(total)
 
-    async def submit(self, prompt: list[int], arguments: dict[str, Any]) -> RequestHandle:
+    async def submit(self, prompt: list[int], **arguments: Any) -> RequestHandle:
         while True:
             try:
                 return self.engine.submit(prompt, **arguments)
