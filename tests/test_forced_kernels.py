@@ -79,6 +79,20 @@ def test_forced_kernels_give_the_tokens_of_the_reference(model, monkeypatch, rul
     assert got.speculation.num_draft_tokens > 0
 
 
+@pytest.mark.parametrize(
+    "law",
+    ["plain", *(pytest.param(law, marks=pytest.mark.slow) for law in ("greedy with a penalty", "all", "processor"))],
+)
+def test_forced_kernels_walk_trees_like_the_reference(model, monkeypatch, law):
+    settings = {"acceptance": "coupled", "num_tree_tokens": 5, "max_new_tokens": 4, **LAWS[law]}
+    expected = run(model, monkeypatch, "torch", **settings)
+    got = run(model, monkeypatch, "triton", **settings)
+    assert (expected.speculation.kernels, got.speculation.kernels) == ("torch", "triton")
+    assert got.sequences.tolist() == expected.sequences.tolist()
+    assert got.speculation.token_sources == expected.speculation.token_sources
+    assert got.speculation.num_accepted_tokens > 0
+
+
 def test_per_step_and_mixed_rows(model, monkeypatch):
     """W = 1, and a batch in which alpha differs by row."""
     settings = {"num_draft_tokens": 0, "alpha": [0.5, 1.0, 1.5]}

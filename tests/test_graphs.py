@@ -72,13 +72,23 @@ def write_all(
         buffer.transpose(1, 2)[rows, positions] = states.transpose(1, 2)
 
 
+def move_all(keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor) -> None:
+    """`compact_window`, likewise."""
+    rows = torch.arange(len(lengths))[:, None]
+    source, target = lengths[:, None] + slots, lengths[:, None] + torch.arange(slots.shape[1])
+    for buffer in (keys, values):
+        buffer[rows, :, target] = buffer[rows, :, source]
+
+
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
     """The path of the kernels; the torch reference stands in for their launches, which are slow to interpret."""
     monkeypatch.setenv("SPECPROXY_KERNELS", "triton")
     if "launches" not in request.fixturenames:
         monkeypatch.setattr(specproxy.cache, "write_window", write_all)
+        monkeypatch.setattr(specproxy.cache, "compact_window", move_all)
         monkeypatch.setattr("specproxy_kernels.fused.draft.sample_drafts", reference.sample_drafts)
+        monkeypatch.setattr("specproxy_kernels.fused.draft.sample_candidates", reference.sample_candidates)
         monkeypatch.setattr("specproxy_kernels.fused.verify.verify_window", reference.verify_window)
     with quick_interpreter():
         yield
@@ -127,6 +137,23 @@ def test_captured_cycles_give_the_tokens_of_eager_ones(backend, rule, law):
     assert backend.tapes and backend.replays > len(backend.tapes)
 
 
+_OF_TREES = ("all", "processor")
+
+
+@pytest.mark.parametrize(
+    "law", [*_OF_TREES, *(pytest.param(law, marks=pytest.mark.slow) for law in LAWS if law not in _OF_TREES)]
+)
+def test_captured_trees_give_the_tokens_of_eager_ones(backend, law):
+    """The walk is part of the capture; with a processor, forwards of levels and of the window are captured alone."""
+    model = trio()
+    settings = {"acceptance": "coupled", "num_tree_tokens": 7, "max_new_tokens": 7, "prompts": OWN, **LAWS[law]}
+    expected = run(model, False, **settings)
+    got = run(model, True, **settings)
+    assert_same(got, expected)
+    assert got.speculation.num_tree_tokens > 0
+    assert backend.tapes and backend.replays > len(backend.tapes)
+
+
 @pytest.fixture
 def launches() -> None:
     """Asked for by tests that run the kernels themselves."""
@@ -138,6 +165,16 @@ def test_recorded_launches_give_the_tokens_of_eager_ones(backend, launches):
     prompts = role_prompts([3, 6], seed=5)
     model = trio()
     assert_same(run(model, True, prompts, **settings), run(model, False, prompts, **settings))
+    assert all(tape.num_launches > 12 for tape in backend.tapes)
+
+
+def test_recorded_launches_of_a_tree(backend, launches):
+    settings = {"num_draft_tokens": 1, "num_tree_tokens": 3, "max_new_tokens": 5, "top_k": 0, "acceptance": "coupled"}
+    prompts = role_prompts([3], seed=5)
+    model = trio()
+    got = run(model, True, prompts, **settings)
+    assert_same(got, run(model, False, prompts, **settings))
+    assert got.speculation.num_accepted_tokens > 0
     assert all(tape.num_launches > 12 for tape in backend.tapes)
 
 

@@ -88,7 +88,7 @@ def assert_per_step(model: ProxyTunedModel, prompts: RolePrompts = OWN, **settin
     return got.speculation
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "gpt2", "opt", "phi3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "gpt2"])
 @pytest.mark.parametrize("piecewise", [False, True], ids=["at once", "by level"])
 def test_a_node_sees_its_path_alone(kind, piecewise):
     """Logits of every node, in ragged rows, against a plain forward of prompt and path."""
@@ -117,8 +117,18 @@ def test_a_node_sees_its_path_alone(kind, piecewise):
             torch.testing.assert_close(logits[row, node], want, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("law", [GREEDY, COUPLED], ids=["greedy", "coupled"])
-@pytest.mark.parametrize("kind", [kind for kind in tiny.SUPPORTED if kind != "llama"])
+KINDS = [kind for kind in tiny.SUPPORTED if kind != "llama"]
+_SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "law"),
+    [
+        pytest.param(kind, law, id=f"{kind}-{name}", marks=[_SLOW] if (place + len(name)) % 2 else [])
+        for place, kind in enumerate(KINDS)
+        for name, law in (("greedy", GREEDY), ("coupled", COUPLED))
+    ],
+)
 def test_every_architecture(kind, law):
     """Prompts per role and ragged rows; windows slide over texts that were moved."""
     statistics = assert_per_step(ProxyTunedModel(*tiny.shared_trio(kind).models), **law)
@@ -164,7 +174,7 @@ def test_recorded_scores(model, law):
             torch.testing.assert_close(have, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("index", range(0, 12, 2))
+@pytest.mark.parametrize("index", [1, 4, 8])
 def test_end_of_text_inside_a_path(model, index):
     open_ended = run(model, FOUR, **COUPLED, num_draft_tokens=0)
     eos = [int(open_ended.sequences[row, 9 + index]) for row in (0, 2)]
@@ -172,7 +182,7 @@ def test_end_of_text_inside_a_path(model, index):
     assert sum(map(len, statistics.token_sources)) == statistics.num_new_tokens
 
 
-@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 5])
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 5])
 def test_budget_cuts_a_path(model, max_new_tokens):
     statistics = assert_per_step(model, **GREEDY, max_new_tokens=max_new_tokens)
     assert statistics.num_draft_tokens <= statistics.num_cycles * (max_new_tokens - 1)
@@ -339,7 +349,7 @@ PLANTED: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("fault", PLANTED)
 def test_planted_faults_are_noticed(model, monkeypatch, fault):
     place, name, wrong, law = PLANTED[fault]
-    settings = {**law, "num_tree_tokens": 20, "max_new_tokens": 24}
+    settings = {**law, "num_tree_tokens": 20, "max_new_tokens": 16}
     per_step = run(model, FOUR, **{**settings, "num_draft_tokens": 0, "num_tree_tokens": 0})
     assert run(model, FOUR, **settings).sequences.tolist() == per_step.sequences.tolist()
     monkeypatch.setattr(place, name, wrong)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from specproxy_kernels import ragged_attention, window_attention, window_bias, write_window
+from specproxy_kernels import compact_window, ragged_attention, window_attention, window_bias, write_window
 from specproxy_kernels.attention import ragged_attention_reference, write_window_reference
 
 
@@ -172,6 +172,20 @@ def test_token_tree(window: int, sliding_window: int | None, softcap: float | No
     torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("sliding_window", [None, 2, 4])
+def test_a_tree_in_pieces(sliding_window: int | None) -> None:
+    """The last queries of a window, its other keys being there already."""
+    lengths, window = [0, 1, 7], 9
+    generator = torch.Generator().manual_seed(3)
+    tree = [random_tree(window, generator) for _ in lengths]
+    query, key, value = tensors(3, 1, 2, window, max(lengths) + window)
+    want = naive(query, key, value, lengths, 0.4, sliding_window, None, tree)
+    for first, end in ((0, 1), (0, 4), (3, 7), (8, 9), (2, 9)):
+        here = {"scaling": 0.4, "sliding_window": sliding_window, "ancestors": words(tree)[:, :end]}
+        out = ragged_attention(query[:, :, first:end], key, value, torch.tensor(lengths), **here)
+        torch.testing.assert_close(out, want[:, first:end], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("sliding_window", [None, 1, 3, 70])
 @pytest.mark.parametrize("window", [1, 5, 64])
 def test_a_chain_is_a_tree(window: int, sliding_window: int | None) -> None:
@@ -224,6 +238,40 @@ def test_write_reference() -> None:
             want[0][b, :, lengths[b] + t], want[1][b, :, lengths[b] + t] = key_states[b, :, t], value_states[b, :, t]
     write_window_reference(key_states, value_states, keys, values, torch.tensor(lengths))
     assert torch.equal(keys, want[0]) and torch.equal(values, want[1])
+
+
+def test_compact_reference() -> None:
+    """Against a loop over positions; what stands behind a path, and before it, is left alone."""
+    keys, values = torch.rand(3, 2, 12, 3), torch.rand(3, 2, 12, 2)
+    lengths, slots = [0, 3, 5], [[0, 2, 5], [0, 1, 2], [1, 2, 6]]
+    want = keys.clone(), values.clone()
+    for b, j in itertools.product(range(3), range(3)):
+        for new, old in zip(want, (keys, values), strict=True):
+            new[b, :, lengths[b] + j] = old[b, :, lengths[b] + slots[b][j]]
+    compact_window(keys, values, torch.tensor(lengths), torch.tensor(slots))
+    assert torch.equal(keys, want[0]) and torch.equal(values, want[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": torch.zeros(2, 8)}, "keys="),
+        ({"values": torch.zeros(2, 2, 9, 5)}, "only D and D_v"),
+        ({"lengths": torch.zeros(1, dtype=torch.int64)}, "lengths="),
+        ({"slots": torch.zeros(2, 3, dtype=torch.int32)}, r"slots=\(2, 3\) of torch.int32"),
+        ({"slots": torch.zeros(3, 3, dtype=torch.int64)}, r"slots=\(3, 3\)"),
+    ],
+)
+def test_compact_refuses(change: dict[str, torch.Tensor], message: str) -> None:
+    arguments = {
+        "keys": torch.zeros(2, 2, 10, 8),
+        "values": torch.zeros(2, 2, 10, 5),
+        "lengths": torch.zeros(2, dtype=torch.int64),
+        "slots": torch.zeros(2, 3, dtype=torch.int64),
+    }
+    compact_window(**arguments)
+    with pytest.raises(ValueError, match=message):
+        compact_window(**(arguments | change))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,12 @@ import torch
 
 from specproxy.attention import borrowed
 from specproxy.runner import Runner
-from specproxy_kernels import ragged_attention, write_window
-from specproxy_kernels.attention import ragged_attention_reference, write_window_reference
+from specproxy_kernels import compact_window, ragged_attention, write_window
+from specproxy_kernels.attention import (
+    compact_window_reference,
+    ragged_attention_reference,
+    write_window_reference,
+)
 
 pytest.importorskip("triton")
 
@@ -227,6 +231,7 @@ def test_nothing_to_do() -> None:
     lengths = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     assert ragged_attention(empty, empty, empty, lengths, scaling=1.0).shape == (0, 3, 2, 16)
     write_window(empty, empty, empty, empty, lengths)
+    compact_window(empty, empty, lengths, lengths[:, None])
 
 
 @pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])
@@ -240,6 +245,31 @@ def test_write_equals_reference(window: int, dims: tuple[int, int], dtype: torch
     want = [buffer.clone() for buffer in buffers]
     write_window(*states, *(buffer[1:-1, :, :capacity] for buffer in buffers), lengths)
     write_window_reference(*states, *(buffer[1:-1, :, :capacity] for buffer in want), lengths)
+    for got, expected in zip(buffers, want, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 3, C])
+@pytest.mark.parametrize(("first", "end"), [(0, 2), (2, 5), (6, 7), (12, 24)])
+def test_a_tree_in_pieces(first: int, end: int, sliding_window: int | None) -> None:
+    """The last queries of a window, on both sides of a split of the keys."""
+    case = Case((2, 64), (16, 24), lengths=(0, C - 3), sliding_window=sliding_window, is_tree=True)
+    whole = case.tensors()
+    arguments = whole | {"query": whole["query"][:, :, first:end], "ancestors": whole["ancestors"][:, :end]}
+    wide = {name: arguments[name].double() for name in ("query", "keys", "values")}
+    want = ragged_attention_reference(**(arguments | wide))
+    torch.testing.assert_close(ragged_attention(**arguments).double(), want, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_compact_equals_reference(dtype: torch.dtype) -> None:
+    """Rows of a larger cache; paths of several beginnings, one that stays where it is."""
+    lengths = torch.tensor([0, 3, 17], device=DEVICE)
+    slots = torch.tensor([[0, 2, 5, 9], [0, 1, 2, 3], [0, 1, 4, 5]], device=DEVICE)
+    buffers = [torch.randn(5, 2, 45, d, device=DEVICE).to(dtype) for d in (24, 33)]
+    want = [buffer.clone() for buffer in buffers]
+    compact_window(*(buffer[1:-1, :, :40] for buffer in buffers), lengths, slots)
+    compact_window_reference(*(buffer[1:-1, :, :40] for buffer in want), lengths, slots)
     for got, expected in zip(buffers, want, strict=True):
         assert torch.equal(got, expected)
 
