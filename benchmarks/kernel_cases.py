@@ -52,6 +52,8 @@ __all__ = [
     "draw_all",
     "pairwise",
     "run_attention",
+    "run_candidates",
+    "run_compact",
     "run_cycle",
     "run_write",
     "sampling_cases",
@@ -531,6 +533,19 @@ def verify(ops: Any, problem: Problem, drafts: Tensor, law: DraftLaw | None, noi
     )
 
 
+def run_candidates(ops: Any, problem: Problem) -> Tensor:
+    """`sample_candidates` of a module at every position of the window, as nodes of one level: int64 [B, W, k].
+
+    Each node has two drafts of its own before it, as far as the window has so many positions.
+    """
+    case, logits = problem.case, problem.draft_logits
+    depth = min(2, case.window - 1)
+    generator = torch.Generator().manual_seed(_seed(case, 1))
+    drafts = torch.randint(0, case.vocab_size, (*logits.shape[:2], depth), generator=generator).to(logits.device)
+    parameters, count = problem.parameters, min(8, case.vocab_size)
+    return ops.sample_candidates(logits, parameters, drafts, problem.noise(), case.vocab_size, count)
+
+
 def run_cycle(ops: Any, problem: Problem, drafts: Tensor | None = None) -> Outcome:
     """One decode cycle.
 
@@ -775,6 +790,14 @@ def run_attention(attention: Callable[..., Tensor], problem: AttentionProblem) -
         sliding_window=problem.case.sliding_window or None,
         ancestors=problem.ancestors,
     )
+
+
+def run_compact(compact: Callable[..., None], problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """`compact_window`, or its reference: copies of the buffers in which every other token of the window has moved."""
+    keys, values = problem.keys.clone(), problem.values.clone()
+    slots = torch.arange(0, problem.case.window, 2, device=keys.device).repeat(problem.case.batch, 1)
+    compact(keys, values, problem.lengths, slots)
+    return keys, values
 
 
 def run_write(write: Callable[..., None], problem: AttentionProblem) -> tuple[Tensor, Tensor]:

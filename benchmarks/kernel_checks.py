@@ -27,11 +27,17 @@ from benchmarks.kernel_cases import (
     build_attention,
     compare,
     run_attention,
+    run_candidates,
+    run_compact,
     run_cycle,
     run_write,
 )
 from specproxy_kernels import reference
-from specproxy_kernels.attention import ragged_attention_reference, write_window_reference
+from specproxy_kernels.attention import (
+    compact_window_reference,
+    ragged_attention_reference,
+    write_window_reference,
+)
 
 __all__ = ["CaseReport", "check_all", "check_attention", "check_sampling", "replayed", "summarised"]
 
@@ -104,6 +110,9 @@ def check_sampling(
         comparison = compare(problem, expected, got)
         report.decisions, report.near = comparison.decisions, comparison.near
         report.faults["equal"] = comparison.faults
+        best, expected_best = (run_candidates(ops, problem)[..., 0] for ops in (module, reference))
+        apart = int((best != expected_best).sum())
+        report.faults["equal"] += [f"best candidates differ at {apart} nodes"] if apart else []
         if "rows" in checks and case.batch > 1:
             report.faults["rows"] = _rows_apart(module, problem, expected.tokens, got)
         if "graph" in checks and torch.device(device).type == "cuda":
@@ -137,7 +146,7 @@ def check_attention(
     """Window attention of a case, and the write of a window, by every check.
 
     Equal means: against the reference in float64, at most twice as wrong as the torch reference in the case's own
-    precision, and half an ulp of it more; what is written is the same bit for bit.
+    precision, and half an ulp of it more; what is written or moved is the same bit for bit.
     """
     module = importlib.import_module(ops)
     report = CaseReport(str(case))
@@ -157,6 +166,11 @@ def check_attention(
             for write in (module.write_window, write_window_reference)
         )
         report.faults["equal"] += [f"written: {fault}" for fault in different_bits(written, expected)]
+        moved, expected = (
+            dict(zip(("keys", "values"), run_compact(compact, problem), strict=True))
+            for compact in (module.compact_window, compact_window_reference)
+        )
+        report.faults["equal"] += [f"moved: {fault}" for fault in different_bits(moved, expected)]
         if "rows" in checks and case.batch > 1:
             backwards = torch.arange(case.batch - 1, -1, -1, device=out.device)
             faults = []

@@ -20,7 +20,7 @@ from specproxy.nodes import Nodes
 from specproxy.state import EXPERT, DecodeState, Draft
 from specproxy.trio import TrioRunners
 from specproxy.verify import WindowLogits
-from specproxy_kernels import NoiseStream, WarpParameters, verify_window
+from specproxy_kernels import NoiseStream, WarpParameters, take_token, verify_window
 
 __all__ = ["walk"]
 
@@ -46,20 +46,18 @@ def walk(
     # On the device alone, a walk goes down to the last level whether or not some row still moves.
     reads_host = path.misses_leaves or state.is_dense
     parameters = state.warp(tree.depth + 1)
-    seen = None if state.seen is None else state.seen.clone()
     num_accepted = torch.zeros_like(state.start)
     token, status = num_accepted, num_accepted.int()
     is_moving = num_accepted == 0
     waits = ~is_moving  # at a leaf whose logits the expert has yet to give
     for depth in range(tree.depth + 1):
-        drawn = path.draw(depth, parameters, noise, seen)
+        drawn = path.draw(depth, parameters, noise)
         token, status = torch.where(is_moving, drawn[0], token), torch.where(is_moving, drawn[1], status)
         if depth == tree.depth:
             break
         is_moving = path.step(token, is_moving & (status == 0) & (draft.num_drafts > depth))
         num_accepted = num_accepted + is_moving
-        if seen is not None:
-            seen.scatter_(1, token[:, None], seen.gather(1, token[:, None]) | is_moving[:, None])
+        parameters = take_token(parameters, token, is_moving)
         if path.misses_leaves:
             reached = is_moving & path.is_at_leaf
             waits, is_moving = waits | reached, is_moving & ~reached
@@ -72,7 +70,7 @@ def walk(
         runner.cache.compact(slots)
     if path.misses_leaves and bool(waits.any()):
         path.run_leaves(runners, num_accepted, waits)
-        drawn = path.draw_at(num_accepted, parameters, noise, seen)
+        drawn = path.draw_at(num_accepted, parameters, noise)
         token, status = torch.where(waits, drawn[0], token), torch.where(waits, drawn[1], status)
     window.take(path.window)
     return num_accepted, token, status
@@ -119,19 +117,18 @@ class _Path:
             known = self.window.by_role.get(role)
             self.window.by_role[role] = here if known is None else torch.cat([known, here], dim=1)
 
-    def draw(
-        self, depth: int, parameters: WarpParameters, noise: NoiseStream, seen: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The target's token, and status, [B] each, at the nodes of one depth that the rows stand at."""
+    def draw(self, depth: int, parameters: WarpParameters, noise: NoiseStream) -> tuple[Tensor, Tensor]:
+        """The target's token, and status, [B] each, at the nodes of one depth that the rows stand at.
+
+        The parameters' prefix holds the path; their allowed tokens are those of the window's positions.
+        """
         self._enter()
         if self._state.is_dense:
             tokens = torch.stack(self.tokens, dim=1) if self.tokens else self._nothing
             self.window.resolve(self._state, tokens)
-        return self.draw_at(torch.full_like(self._state.start, depth), parameters, noise, seen)
+        return self.draw_at(torch.full_like(self._state.start, depth), parameters, noise)
 
-    def draw_at(
-        self, depth: Tensor, parameters: WarpParameters, noise: NoiseStream, seen: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def draw_at(self, depth: Tensor, parameters: WarpParameters, noise: NoiseStream) -> tuple[Tensor, Tensor]:
         """Likewise at a depth [B] of each row's own, whose logits are there."""
         if self._state.is_dense:
             base, pairs = _row_at(self.window.processed, depth), []
@@ -145,14 +142,12 @@ class _Path:
                 )
                 for pair in self.window.pairs()
             ]
-        allowed = parameters.allowed
-        if allowed is not None and allowed.shape[1] > 1:
-            allowed = _row_at(allowed, depth)
-        here = replace(parameters, seen=seen, allowed=allowed)
+        if parameters.allowed is not None and parameters.allowed.shape[1] > 1:
+            parameters = replace(parameters, allowed=_row_at(parameters.allowed, depth))
         own_noise = noise.at(depth, self._nodes.shape.depth)
         no_drafts = torch.zeros_like(depth)
         _, token, status = verify_window(
-            "coupled", base, pairs, self._nothing, no_drafts, None, here, own_noise, self._state.vocab_size
+            "coupled", base, pairs, self._nothing, no_drafts, None, parameters, own_noise, self._state.vocab_size
         )
         return token, status
 

@@ -137,6 +137,7 @@ def _off_by(move: float) -> Any:
         return reference.verify_window(*first, stream(noise.key, noise.start, noise.block_start), vocab)
 
     module.sample_drafts, module.verify_window = sample_drafts, verify_window
+    module.sample_candidates = reference.sample_candidates
     return module
 
 

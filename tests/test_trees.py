@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 
 import specproxy.decode
 import specproxy.generate
-from specproxy import ConfigurationError, LogitsError, ProxyTunedModel
+from specproxy import AlphaSchedule, ConfigurationError, LogitsError, ProxyTunedModel
 from specproxy.cache import RaggedCache, Window
 from specproxy.draft import DRAFTERS, TreeDrafter
 from specproxy.nodes import Nodes
@@ -46,6 +46,8 @@ class FavourOdd(LogitsProcessor):
 LAWS: dict[str, dict[str, Any]] = {
     "greedy with a penalty": {"do_sample": False, "repetition_penalty": 1.4},
     "all filters": {"top_k": 12, "top_p": 0.9, "min_p": 0.02, "temperature": 1.2, "repetition_penalty": 1.3},
+    "counted": {"presence_penalty": 0.7, "frequency_penalty": 0.9, "sequence_bias": {(3,): 2.0}},
+    "a schedule": {"alpha_schedule": AlphaSchedule(cutoff=7, half_life=3)},
     "alpha by row": {"alpha": [0.3, 1.0, 1.7]},
     "banned": {"suppress_tokens": [1, 5, 8]},
     "a ban that ends": {"min_new_tokens": 6, "eos_token_id": [3, 4, 9, 12]},
@@ -162,6 +164,14 @@ def check_reports(reports: list[CycleReport], output: Any) -> None:
 @pytest.mark.parametrize("law", LAWS)
 def test_every_law(model, law):
     assert_per_step(model, **{**COUPLED, **LAWS[law]})
+
+
+def test_further_pairs():
+    """A second expert scores the tree as the base does; one pair has no anti-expert."""
+    base, expert, anti_expert = tiny.shared_trio("llama").models
+    other = tiny.shared_trio("gpt2").expert
+    model = ProxyTunedModel(base, expert, None, alpha=0.4, further_pairs=[(other, anti_expert, 0.5)])
+    assert_per_step(model, FOUR, **COUPLED)
 
 
 @pytest.mark.parametrize("law", [GREEDY, COUPLED | {"logits_processor": [FavourOdd()]}], ids=["greedy", "processor"])
@@ -296,16 +306,12 @@ def slots_for_depths(window: Window) -> torch.Tensor:
     return window.begin[:, None] + torch.arange(window.size)
 
 
-def plant_noise(path: _Path, depth: Any, parameters: Any, noise: Any, seen: Any) -> Any:
+def plant_noise(path: _Path, depth: Any, parameters: Any, noise: Any) -> Any:
     class BySlot:
         def at(self, position: torch.Tensor, most: int) -> Any:
             return noise.at(path.nodes[-1], 63)
 
-    return DRAW_AT(path, depth, parameters, BySlot(), seen)
-
-
-def plant_old_prefix(path: _Path, depth: Any, parameters: Any, noise: Any, seen: Any) -> Any:
-    return DRAW_AT(path, depth, parameters, noise, parameters.seen)
+    return DRAW_AT(path, depth, parameters, BySlot())
 
 
 class Siblings(Nodes):
@@ -332,7 +338,12 @@ DRAW_AT, COMPACT = _Path.draw_at, RaggedCache.compact
 PLANTED: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
     "positions by slot": (Window, "positions", property(slots_for_depths), GREEDY),
     "noise by slot": (_Path, "draw_at", plant_noise, COUPLED),
-    "a prefix without the path": (_Path, "draw_at", plant_old_prefix, {**GREEDY, "repetition_penalty": 2.0}),
+    "a prefix without the path": (
+        specproxy.walk,
+        "take_token",
+        lambda old, *args: old,
+        {**GREEDY, "repetition_penalty": 2.0},
+    ),
     "siblings are seen": (specproxy.trio, "Nodes", Siblings, GREEDY),
     "an uncle for a parent": (specproxy.trio, "Nodes", Uncle, GREEDY),
     "compaction off by one": (RaggedCache, "compact", shifted, GREEDY),

@@ -19,6 +19,7 @@ from specproxy_kernels.laws import (
     combine_logits,
     pack_allowed_tokens,
     pair_at,
+    take_token,
     warp_law,
 )
 from specproxy_kernels.noise import coin_noise, gumbel_noise, philox, row_keys
@@ -60,6 +61,7 @@ __all__ = [
     "sample_candidates",
     "sample_drafts",
     "sample_next_token",
+    "take_token",
     "verify_window",
     "warp_law",
     "window_attention",

@@ -27,6 +27,7 @@ __all__ = [
     "pair_at",
     "penalised",
     "repeat_rows",
+    "take_token",
     "unpack_allowed_tokens",
     "warp_law",
 ]
@@ -90,6 +91,23 @@ class WarpParameters:
     def greedy(self) -> Tensor:
         """bool [B], rows of temperature 0."""
         return self.temperature == 0
+
+
+def take_token(parameters: WarpParameters, token: Tensor, is_taken: Tensor) -> WarpParameters:
+    """The parameters behind one more token of the rows' prefixes.
+
+    Args:
+        parameters: of B rows; they stay as they are.
+        token: int64 [B].
+        is_taken: bool [B], whose prefix grows; the others' tokens are not read.
+    """
+    changed: dict[str, Any] = {}
+    index, taken = token[:, None], is_taken[:, None]
+    if parameters.seen is not None:
+        changed["seen"] = parameters.seen.scatter(1, index, parameters.seen.gather(1, index) | taken)
+    if parameters.counts is not None:
+        changed["counts"] = parameters.counts.scatter_add(1, index, taken.to(parameters.counts.dtype))
+    return replace(parameters, **changed)
 
 
 def repeat_rows(parameters: WarpParameters, times: int) -> WarpParameters:

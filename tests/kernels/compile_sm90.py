@@ -50,6 +50,8 @@ from benchmarks.kernel_cases import (
     build,
     build_attention,
     run_attention,
+    run_candidates,
+    run_compact,
     run_cycle,
     run_write,
     sampling_cases,
@@ -180,10 +182,12 @@ def run_package(full: bool) -> None:
     force_path(specproxy_kernels)
     for case in sampling_cases("compiled") if full else QUICK:
         run_cycle(specproxy_kernels, build(case))
+        run_candidates(specproxy_kernels, build(case))
     for attention_case in attention_cases("compiled") if full else QUICK_ATTENTION:
         problem = build_attention(attention_case)
         run_attention(specproxy_kernels.ragged_attention, problem)
         run_write(specproxy_kernels.write_window, problem)
+        run_compact(specproxy_kernels.compact_window, problem)
 
 
 def run_toy(block: int) -> None:
