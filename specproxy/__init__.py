@@ -21,6 +21,7 @@ from specproxy.model import ProxyTunedModel
 from specproxy.schedule import AlphaSchedule
 from specproxy.stats import SpeculationStats
 from specproxy.streaming import RowStreamer
+from specproxy.suffix import LookupCorpus
 from specproxy.version import __version__
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "EngineFull",
     "GraphCaptureError",
     "LogitsError",
+    "LookupCorpus",
     "PromptError",
     "ProxyTunedModel",
     "RowStreamer",

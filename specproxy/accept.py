@@ -42,13 +42,13 @@ def accept(state: DecodeState, runners: TrioRunners, noise: NoiseStream, draft: 
     if kernel_path(state.device) == "triton":
         # Asking whether any row reaches the bonus position would synchronise, which costs more than its step.
         bonus_step(state, runners, draft, window)
-        base, pairs = _law_inputs(state, draft.tokens, window)
+        base, pairs = _law_inputs(state, draft.tokens, window, draft.num_drafts)
         return Outcome(*verify_window(state.rule, base, pairs, draft.tokens, draft.num_drafts, *shared))
-    base, pairs = _law_inputs(state, draft.tokens, window)
+    base, pairs = _law_inputs(state, draft.tokens, window, draft.num_drafts)
     acceptance = accept_window(state.rule, base, pairs, draft.tokens, draft.num_drafts, *shared)
     if window.num_scored < window.window and (state.device.type != "cpu" or bool(acceptance.is_bonus.any())):
         bonus_step(state, runners, draft, window)
-        base, pairs = _law_inputs(state, draft.tokens, window)
+        base, pairs = _law_inputs(state, draft.tokens, window, draft.num_drafts)
     next_token, status = emit_next_token(state.rule, base, pairs, draft.tokens, acceptance, *shared)
     return Outcome(acceptance.num_accepted, next_token, status)
 
@@ -88,9 +88,11 @@ def _twice(side: Tensor) -> Tensor:
     return side.expand(-1, 2, *[-1] * (side.ndim - 2))
 
 
-def _law_inputs(state: DecodeState, drafts: Tensor, window: WindowLogits) -> tuple[Tensor, list[LogitPair]]:
+def _law_inputs(
+    state: DecodeState, drafts: Tensor, window: WindowLogits, num_drafts: Tensor | None = None
+) -> tuple[Tensor, list[LogitPair]]:
     """Raw logits and pairs for the fused arithmetic, or dense processed logits where Python has had to see them."""
     if not (state.has_processors or state.records_logits):
         return window.base, window.pairs()
-    window.resolve(state, drafts)
+    window.resolve(state, drafts, num_drafts)
     return window.processed, []

@@ -12,6 +12,7 @@ from specproxy.tree import MAX_TREE_TOKENS
 from specproxy_kernels import RULES
 
 __all__ = [
+    "DRAFTER_NAMES",
     "MAX_DRAFT_TOKENS",
     "SamplingParameters",
     "SpeculationParameters",
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 MAX_DRAFT_TOKENS = 63  # a window fits one 64-bit word
+DRAFTER_NAMES = ("expert", "lookup")
 
 
 def check_number(name: str, value: Any) -> float:
@@ -118,6 +120,7 @@ class SpeculationParameters:
             Caches and captures are then kept for the next call, and freed by a call without.
         num_tree_tokens: drafted nodes per cycle of a token tree, at most 63, with `num_draft_tokens` as its depth; 0
             drafts chains.
+        drafter: who proposes, one of `DRAFTER_NAMES`; None is the expert, or under "auto" whoever serves best.
 
     Raises:
         ConfigurationError: for a value outside its range.
@@ -127,8 +130,11 @@ class SpeculationParameters:
     acceptance: str = "rejection"
     cuda_graphs: bool | None = None
     num_tree_tokens: int = 0
+    drafter: str | None = None
 
     def __post_init__(self) -> None:
+        if self.drafter is not None and self.drafter not in DRAFTER_NAMES:
+            raise ConfigurationError(f"drafter={self.drafter!r} is not known; use one of {', '.join(DRAFTER_NAMES)}.")
         if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
             raise ConfigurationError(f"cuda_graphs={self.cuda_graphs!r} must be True, False or None.")
         if self.num_draft_tokens != "auto":
@@ -145,6 +151,10 @@ class SpeculationParameters:
             raise ConfigurationError(
                 f"num_tree_tokens={nodes} needs num_draft_tokens as the tree's depth, not {self.num_draft_tokens!r}; "
                 "give a number of at least 1."
+            )
+        if nodes and self.drafter not in (None, "expert"):
+            raise ConfigurationError(
+                f"num_tree_tokens={nodes} with drafter={self.drafter!r}: trees are the expert's; leave one of them out."
             )
 
     def check_rule(self, do_sample: bool) -> None:

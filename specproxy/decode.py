@@ -159,6 +159,7 @@ def _settle(
         runner.cache.follow([line[-3] + 1 for line in packed])
     rows = list(state.rows)
     num_nodes = 0 if plan.tree is None else plan.tree.num_drafts
+    drafter = drafter_of(plan).name if plan.num_drafts else None
     for slot, (row, line) in enumerate(zip(rows, packed, strict=True)):
         *drafts, drafted, num_accepted, next_token, status = line
         tokens, sources = drafts[:num_accepted], [DRAFT] * num_accepted
@@ -174,7 +175,7 @@ def _settle(
             row.logits += list(result.window.combined_row(state, slot, taken))
         for counts in (stats, row.statistics):
             if counts is not None:
-                counts.record(drafted, num_accepted, taken, num_nodes)
+                counts.record(drafted, num_accepted, taken, num_nodes, drafter)
                 counts.num_empty_residuals += bool(status & STATUS_EMPTY_RESIDUAL)
     evict_finished(state, runners, on_finish)
     return rows, packed

@@ -18,6 +18,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from specproxy.config import SpeculationParameters, check_integer
 from specproxy.decode import admit, step
+from specproxy.draft import ExpertDrafter
 from specproxy.errors import ConfigurationError, LogitsError, PromptError
 from specproxy.options import GenerationOptions
 from specproxy.policy import FixedWindow, WindowPolicy
@@ -25,6 +26,7 @@ from specproxy.rows import check_ids, check_lengths, end_ids, make_row, pair_str
 from specproxy.schedule import CONSTANT, AlphaSchedule
 from specproxy.state import BASE, DecodeState, Row
 from specproxy.stats import SpeculationStats
+from specproxy.suffix import LookupCorpus
 from specproxy.tree import TYPICAL_RANK_ACCEPTANCE, TreeShape
 from specproxy.trio import Trio
 from specproxy_kernels import kernel_path, row_keys
@@ -51,6 +53,7 @@ def generate(
     generator: torch.Generator | None = None,
     role_prompts: dict[str, tuple[Tensor | None, Tensor | None]] | None = None,
     streamer: Any = None,
+    corpus: LookupCorpus | None = None,
 ) -> GenerateOutput:
     """Generate for every prompt; see `ProxyTunedModel.generate`, which documents the arguments.
 
@@ -75,6 +78,8 @@ def generate(
     batch = len(prompts[BASE])
     least, most = options.budget(input_ids.shape[1])
     check_lengths(trio, prompts, most)
+    if corpus is not None and not isinstance(corpus, LookupCorpus):
+        raise ConfigurationError(f"corpus is a {type(corpus).__name__}; give a LookupCorpus.")
     if streamer is not None and not (hasattr(streamer, "put") or hasattr(streamer, "put_row")):
         raise ConfigurationError(f"streamer={streamer!r} has neither put() nor put_row(); give a streamer.")
     if streamer is not None and batch != 1 and not hasattr(streamer, "put_row"):
@@ -99,6 +104,7 @@ def generate(
             eos_token_ids=eos,
             stopping_criteria=stopping,
             schedule=schedules[i],
+            corpus=corpus,
         )
         for i, strengths in enumerate(_alphas(trio, alpha, batch, copies))
     ]
@@ -151,7 +157,7 @@ def _decode(
     """Run all rows to their ends."""
     began = perf_counter()
     stats = SpeculationStats(kernels=kernel_path(trio.device))
-    count = speculation.num_draft_tokens
+    count, drafter = speculation.num_draft_tokens, speculation.drafter or ExpertDrafter.name
     longest = max(len(prompt) for row in rows for prompt in row.prompts.values())
     # A long budget is rarely used up: its buffers grow as it goes.
     window = max(8 if isinstance(count, str) else count, speculation.num_tree_tokens) + 1
@@ -160,10 +166,12 @@ def _decode(
         stack.enter_context(torch.inference_mode())
         runners = stack.enter_context(trio.runners(len(rows), capacity, speculation.cuda_graphs))
         policy: WindowPolicy
-        if isinstance(count, str):
+        if isinstance(count, str) and drafter != ExpertDrafter.name:
+            policy = FixedWindow(8, drafter)
+        elif isinstance(count, str):
             policy = stack.enter_context(trio.policy(captured=runners.graphs is not None))
         else:
-            policy = _fixed_window(trio, speculation)
+            policy = _fixed_window(trio, speculation, drafter)
         state = DecodeState(
             runners.max_rows,
             trio.device,
@@ -188,14 +196,14 @@ def _decode(
     return stats
 
 
-def _fixed_window(trio: Trio, speculation: SpeculationParameters) -> FixedWindow:
+def _fixed_window(trio: Trio, speculation: SpeculationParameters, drafter: str) -> FixedWindow:
     """The same chain or tree in every cycle."""
     count = int(speculation.num_draft_tokens)
     if not speculation.num_tree_tokens:
-        return FixedWindow(count)
+        return FixedWindow(count, drafter)
     ranks = TYPICAL_RANK_ACCEPTANCE[: trio.vocabulary.size]
     tree = TreeShape.best_tree(ranks, speculation.num_tree_tokens, count)
-    return FixedWindow(tree.depth, tree=tree)
+    return FixedWindow(tree.depth, drafter, tree)
 
 
 def _stopping_criteria(options: GenerationOptions) -> list[Any]:

@@ -21,6 +21,7 @@ from specproxy.generate import GenerateOutput, generate
 from specproxy.options import parse_options
 from specproxy.schedule import AlphaSchedule
 from specproxy.state import ANTI_EXPERT, BASE, EXPERT
+from specproxy.suffix import LookupCorpus
 from specproxy.trio import Trio
 from specproxy_kernels import combine_logits
 
@@ -74,6 +75,7 @@ class ProxyTunedModel:
         further_pairs: Sequence[tuple[PreTrainedModel, PreTrainedModel | None, float]] = (),
     ) -> None:
         self.tokenizer = tokenizer
+        self.corpus: LookupCorpus | None = None  # what lookup may copy from beside a row's own text
         self.expert_tokenizer = expert_tokenizer if expert_tokenizer is not None else tokenizer
         self._trio = Trio(
             base,
@@ -269,6 +271,8 @@ class ProxyTunedModel:
         num_tree_tokens: int = 0,
         acceptance: str = "rejection",
         cuda_graphs: bool | None = None,
+        drafter: str | None = None,
+        corpus: LookupCorpus | None = None,
         seed: int | Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
         alpha: float | Sequence[float] | Tensor | None = None,
@@ -302,6 +306,9 @@ class ProxyTunedModel:
             cuda_graphs: replay captured cycles instead of launching every kernel: the same tokens, sooner. None does so
                 where all models are on one CUDA device; caches and captures are then kept for the next call, and freed
                 by one with False.
+            drafter: who proposes: "expert", or "lookup", which copies from prompt, output and corpus at no cost. None
+                is the expert, and under "auto" whoever serves best. It changes no law.
+            corpus: texts beside each row's own that lookup may copy from; the model's `corpus` by default.
             seed: an int for the call, or one per row; then a row's tokens depend on its own seed alone.
             generator: where the rows' keys come from without a seed; torch's global generator by default.
             alpha: overrides the first pair's strength, for the call or per row; [B, pairs] overrides all.
@@ -341,7 +348,14 @@ class ProxyTunedModel:
             **transformers_arguments,
         }
         options = parse_options(
-            given, generation_config, num_draft_tokens, acceptance, self.tokenizer, cuda_graphs, num_tree_tokens
+            given,
+            generation_config,
+            num_draft_tokens,
+            acceptance,
+            self.tokenizer,
+            cuda_graphs,
+            num_tree_tokens,
+            drafter,
         )
         output = generate(
             self._trio,
@@ -357,6 +371,7 @@ class ProxyTunedModel:
                 ANTI_EXPERT: (anti_expert_input_ids, anti_expert_attention_mask),
             },
             streamer=streamer,
+            corpus=self.corpus if corpus is None else corpus,
         )
         return output if options.return_dict_in_generate else output.sequences
 

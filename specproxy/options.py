@@ -72,7 +72,7 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "encoder_no_repeat_ngram_size": ("there is no encoder here; use no_repeat_ngram_size", (0,)),
     "token_healing": ("token healing is not supported; end the prompt on a token boundary", (False,)),
     "assistant_model": ("the expert drafts; use num_draft_tokens", ()),
-    "prompt_lookup_num_tokens": ("the expert drafts; use num_draft_tokens", ()),
+    "prompt_lookup_num_tokens": ('use drafter="lookup" with num_draft_tokens', ()),
     "assistant_early_exit": ("the expert drafts; use num_draft_tokens", ()),
     "past_key_values": ("every call builds its own ragged caches; give the whole prompt", ()),
     "inputs_embeds": ("drafting needs token ids; use input_ids", ()),
@@ -140,13 +140,15 @@ def parse_options(
     default_tokenizer: Any,
     cuda_graphs: bool | None = None,
     num_tree_tokens: int = 0,
+    drafter: str | None = None,
 ) -> GenerationOptions:
     """Check the arguments of a call.
 
     Args:
         given: keyword arguments under Transformers' names; None counts as not given.
         generation_config: supplies what was not given.
-        num_draft_tokens, acceptance, cuda_graphs, num_tree_tokens: speculation, as in `SpeculationParameters`.
+        num_draft_tokens, acceptance, cuda_graphs, num_tree_tokens, drafter: speculation, as in
+            `SpeculationParameters`.
         default_tokenizer: for stop strings, where the call gives none.
 
     Raises:
@@ -195,7 +197,7 @@ def parse_options(
     for criterion in criteria:
         if not callable(criterion):
             raise ConfigurationError(f"stopping_criteria holds {criterion!r}; give callables of (input_ids, scores).")
-    speculation = SpeculationParameters(num_draft_tokens, acceptance, cuda_graphs, num_tree_tokens)
+    speculation = SpeculationParameters(num_draft_tokens, acceptance, cuda_graphs, num_tree_tokens, drafter)
     speculation.check_rule(sampling.do_sample)
     law = LawOptions(
         sampling,

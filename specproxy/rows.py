@@ -15,6 +15,7 @@ from specproxy.errors import ConfigurationError, PromptError
 from specproxy.processors import LawOptions, row_law
 from specproxy.schedule import CONSTANT, AlphaSchedule
 from specproxy.state import BASE, Row, StoppingCriterion
+from specproxy.suffix import LookupCorpus
 from specproxy.trio import Trio
 
 __all__ = ["check_ids", "check_lengths", "end_ids", "make_row", "pair_strengths"]
@@ -110,6 +111,7 @@ def make_row(
     eos_token_ids: frozenset[int],
     stopping_criteria: Sequence[StoppingCriterion] = (),
     schedule: AlphaSchedule = CONSTANT,
+    corpus: LookupCorpus | None = None,
 ) -> Row:
     """One row, its law made from the options of its call; arguments as in `Row` and `row_law`.
 
@@ -141,4 +143,5 @@ def make_row(
         eos_token_ids=eos_token_ids,
         stopping_criteria=stopping_criteria,
         schedule=schedule,
+        corpus=corpus,
     )

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from math import inf
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from specproxy.config import MAX_DRAFT_TOKENS
 from specproxy.processors import RowLaw
 from specproxy.schedule import CONSTANT, SCHEDULE_SIZE, AlphaSchedule, scheduled_strengths
 from specproxy.stats import SpeculationStats
+from specproxy.suffix import LookupCorpus
 from specproxy.tree import TreeShape
 from specproxy.warp import build_warp, needs_counts, needs_seen_tokens
 from specproxy_kernels import DraftLaw, NoiseStream, WarpParameters, pack_allowed_tokens
@@ -60,6 +63,7 @@ class Row:
         statistics: where given, takes the row's own counts.
         keeps_logits: whether it keeps the combined logits of its tokens, beside what the state records.
         schedule: how the strengths change over its tokens.
+        corpus: further texts that lookup may copy from.
     """
 
     index: int
@@ -74,12 +78,14 @@ class Row:
     statistics: SpeculationStats | None = None
     keeps_logits: bool = False
     schedule: AlphaSchedule = CONSTANT
+    corpus: LookupCorpus | None = None
     tokens: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     finish_reason: str | None = None  # one of FINISHED, "error", or whatever else somebody took it out for
     error: str | None = None
     logits: list[Tensor] = field(default_factory=list)  # per new token, where they are recorded: combined [V]
     scores: list[Tensor] = field(default_factory=list)  # likewise: processed and warped [V]
+    memory: dict[str, Any] = field(default_factory=dict)  # what drafters remember of the row, by their name
 
     @property
     def remaining(self) -> int:
@@ -383,16 +389,28 @@ class DecodeState:
             return self._warp
         return replace(self._warp, allowed=self._allowed(self.rows, window).to(self.device))
 
-    def process(self, logits: Tensor, drafts: Tensor, first: int) -> Tensor:
+    @cached_property
+    def _shared_words(self) -> list[int] | None:
+        return None if self._host_allowed is None else self._host_allowed[0, 0].tolist()
+
+    def is_shared(self, token: int) -> bool:
+        """Whether an id may be generated: no law of a window gives mass to any other."""
+        if not 0 <= token < self.vocab_size:
+            return False
+        return self._shared_words is None or bool(self._shared_words[token // 32] >> token % 32 & 1)
+
+    def process(self, logits: Tensor, drafts: Tensor, first: int, num_drafts: Tensor | None = None) -> Tensor:
         """Run the rows' processors.
 
-        Left alone are positions that hold NaN, unless the row removes invalid values, and those behind an end token or
-        a row's budget: their law is not read, and processors of a caller need not know such prefixes.
+        Left alone are positions that hold NaN, unless the row removes invalid values, and those behind an end token, a
+        row's budget or drafts, or a draft that has no mass: their law is not read, and processors of a caller need not
+        know such prefixes.
 
         Args:
             logits: [B, k, V] at window positions first .. first + k - 1.
             drafts: int64 [B, >= first + k - 1].
             first: window position of the first column.
+            num_drafts: int64 [B], drafts of each row; every column of `drafts` counts by default.
 
         Returns:
             [B, k, V]; `logits` itself where no row has processors.
@@ -400,11 +418,14 @@ class DecodeState:
         if not self.has_processors:
             return logits
         processed = logits.clone()
+        counts = [drafts.shape[1]] * len(self.rows) if num_drafts is None else num_drafts.tolist()
         for i, (row, tokens) in enumerate(zip(self.rows, drafts.tolist(), strict=True)):
             if not row.law.processors:
                 continue
-            for k in range(logits.shape[1]):
+            for k in range(min(logits.shape[1], counts[i] + 1 - first)):
                 if first + k >= row.remaining or not row.eos_token_ids.isdisjoint(tokens[: first + k]):
+                    break
+                if k and processed[i, k - 1, tokens[first + k - 1]] == -inf:
                     break
                 if row.law.removes_invalid or not bool(logits[i, k].isnan().any()):
                     prefix = row.prefix(tokens[: first + k]).to(logits.device)

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["DRAFT", "TARGET", "SpeculationStats"]
+__all__ = ["DRAFT", "TARGET", "DrafterStats", "SpeculationStats"]
 
 DRAFT, TARGET = "draft", "target"
+
+
+@dataclass
+class DrafterStats:
+    """What one drafter did, counted as in `SpeculationStats`.
+
+    Args:
+        num_cycles: windows that it was asked for, counted once per row, whether or not it had drafts for the row.
+        num_draft_tokens: its drafts that were verified.
+        num_accepted_tokens: its drafts that became output.
+    """
+
+    num_cycles: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass
@@ -27,6 +42,7 @@ class SpeculationStats:
         num_per_step_cycles: cycles without drafts.
         expected: what the policy predicted, "tokens" and "seconds", over the cycles for which it did.
         realised: what those cycles gave and took.
+        drafters: the counts of each drafter that took part, by name; per-step cycles are nobody's.
         token_sources: per row and new token, "draft" (proposed by the drafter and accepted) or "target" (residual or
             bonus).
         seconds: time of the call: "total", forwards of "expert", "anti_expert" (where there is one) and "base", and
@@ -46,6 +62,7 @@ class SpeculationStats:
     num_per_step_cycles: int = 0
     expected: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "seconds": 0.0})
     realised: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "seconds": 0.0})
+    drafters: dict[str, DrafterStats] = field(default_factory=dict)
     token_sources: list[list[str]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     kernels: str = "torch"
@@ -65,7 +82,9 @@ class SpeculationStats:
         """Accepted drafts per cycle and row."""
         return self.num_accepted_tokens / self.num_cycles if self.num_cycles else 0.0
 
-    def record(self, num_drafted: int, num_accepted: int, num_emitted: int, num_nodes: int = 0) -> None:
+    def record(
+        self, num_drafted: int, num_accepted: int, num_emitted: int, num_nodes: int = 0, drafter: str | None = None
+    ) -> None:
         """Count one row's cycle.
 
         Args:
@@ -73,6 +92,7 @@ class SpeculationStats:
             num_accepted: leading drafts that survived.
             num_emitted: tokens that became output, after the cut at a row's end; at most num_accepted + 1.
             num_nodes: drafted nodes of the cycle's tree, if it has one.
+            drafter: who was asked; None in a per-step cycle.
         """
         cut_short = num_emitted <= num_accepted
         counted = min(num_drafted, num_emitted) if cut_short else num_drafted
@@ -82,6 +102,11 @@ class SpeculationStats:
         self.num_draft_tokens += counted
         self.num_accepted_tokens += accepted
         self.num_new_tokens += num_emitted
+        if drafter is not None:
+            own = self.drafters.setdefault(drafter, DrafterStats())
+            own.num_cycles += 1
+            own.num_draft_tokens += counted
+            own.num_accepted_tokens += accepted
         missing = counted - len(self.drafted_per_position)
         if missing > 0:
             self.drafted_per_position += [0] * missing
@@ -143,6 +168,7 @@ class SpeculationStats:
             "num_per_step_cycles": self.num_per_step_cycles,
             "expected_tokens_per_second": self.expected_tokens_per_second,
             "realised_tokens_per_second": self.realised_tokens_per_second,
+            "drafters": {name: asdict(counts) for name, counts in self.drafters.items()},
             "token_sources": [list(sources) for sources in self.token_sources],
             "seconds": dict(self.seconds),
             "kernels": self.kernels,

@@ -49,7 +49,7 @@ class WindowLogits:
         """The pairs of the logit arithmetic, as far as the expert's logits reach."""
         return [pair.term(self.by_role, self.strengths[..., i]) for i, pair in enumerate(self.pair_roles)]
 
-    def resolve(self, state: DecodeState, drafts: Tensor) -> None:
+    def resolve(self, state: DecodeState, drafts: Tensor, num_drafts: Tensor | None = None) -> None:
         """Combine, process and warp the positions that have been scored since the last call."""
         first, last = (self.combined.shape[1] if self.combined.ndim == 3 else 0), self.num_scored
         if first == last and first > 0:
@@ -59,7 +59,7 @@ class WindowLogits:
         combined, bad = combine_logits(self.base[:, here], pairs, state.vocab_size, state.shared_ids)
         repairs = torch.tensor([row.law.removes_invalid for row in state.rows], device=combined.device)
         combined = combined.masked_fill((bad & ~repairs[:, None])[..., None], torch.nan)
-        processed = state.process(combined, drafts, first)
+        processed = state.process(combined, drafts, first, num_drafts)
         position = torch.arange(first, last, device=drafts.device).expand(len(state), -1)
         scores = warp_law(processed, state.warp(self.window), drafts, position).kept()
         new = (combined, processed, scores)

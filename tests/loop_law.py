@@ -43,6 +43,7 @@ class LoopCase:
         correlation: the expert is the base with its output layer times this: negative values oppose draft and target.
         shares: what is left of alpha at each token, where the settings make it change.
         length: tokens whose joint law is compared; generation goes on for `extra` more, so that windows cross its end.
+        drafting: further arguments of `generate`, which change no law.
     """
 
     rule: str
@@ -55,9 +56,11 @@ class LoopCase:
     alpha: float = 1.0
     seed: int = 0
     shares: tuple[float, ...] | None = None
+    drafting: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         parts = [f"{self.rule}-G{self.num_drafts}", *(f"{name}={value}" for name, value in self.settings.items())]
+        parts += [str(value) for value in self.drafting.values() if isinstance(value, str)]
         if self.ids[-1] + 1 != len(self.ids):
             parts.append("hole")
         return "-".join(parts)
@@ -162,7 +165,7 @@ def sample(
             num_draft_tokens=case.num_drafts,
             acceptance=case.rule,
             seed=1000 * seed + part,
-            **{"top_k": 0, **case.settings},
+            **{"top_k": 0, **case.settings, **case.drafting},
         )
         found.append(tokens[:, width : width + case.length].view(count, len(PROMPTS), case.length).numpy())
     drawn = np.concatenate(found)

@@ -488,6 +488,9 @@ def test_readme_example_runs(
             ids = scope["model"].tokenizer(prompt, return_tensors="pt").input_ids
             alone = scope["model"].generate(ids, max_new_tokens=32)[0, ids.shape[1] :].tolist()
             assert handle.result().tokens == alone
+    elif "LookupCorpus" in example:
+        accepted, same = lines[-1].split()
+        assert int(accepted) > 20 and same == "True"
     elif "cuda_graphs" in example:
         captured = scope["model"].generate(scope["ids"], max_new_tokens=32, num_draft_tokens=4)
         assert torch.equal(scope["output"], captured)
@@ -505,6 +508,7 @@ def test_readme_has_every_kind_of_example() -> None:
         "chat(",
         "further_pairs",
         "AlphaSchedule",
+        "corpus.add(",
         "RowStreamer",
         "Engine(",
         "custom_generate(",

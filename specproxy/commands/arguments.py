@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from specproxy import demo
-from specproxy.config import check_alpha, check_integer
+from specproxy.config import DRAFTER_NAMES, check_alpha, check_integer
 from specproxy.errors import ConfigurationError
 from specproxy.options import parse_options
 from specproxy.schedule import AlphaSchedule
@@ -99,6 +99,9 @@ class DecodingOptions:
     num_tree_tokens: Annotated[
         int, typer.Option(help="Nodes of a token tree drafted in place of a chain, greedy or coupled; 0: a chain.")
     ] = 0
+    drafter: Annotated[str | None, typer.Option(help=f"Who drafts: {', '.join(DRAFTER_NAMES)}. [default: expert]")] = (
+        None
+    )
     acceptance: Annotated[str, typer.Option(help="rejection, block or coupled.")] = "rejection"
     do_sample: Annotated[
         bool | None, typer.Option("--do-sample/--greedy", help="Greedy by default; a temperature implies sampling.")
@@ -137,11 +140,19 @@ class DecodingOptions:
         given = {name: value for name, value in given.items() if value is not None}
         count = _count(self.num_draft_tokens)
         parse_options(
-            given, None, count, self.acceptance, default_tokenizer=object(), num_tree_tokens=self.num_tree_tokens
+            given,
+            None,
+            count,
+            self.acceptance,
+            default_tokenizer=object(),
+            num_tree_tokens=self.num_tree_tokens,
+            drafter=self.drafter,
         )
         speculation: dict[str, Any] = {"num_draft_tokens": count, "acceptance": self.acceptance}
         if self.num_tree_tokens:
             speculation["num_tree_tokens"] = self.num_tree_tokens
+        if self.drafter is not None:
+            speculation["drafter"] = self.drafter
         if self.alpha is not None:
             speculation["alpha"] = check_alpha(self.alpha)
         schedule = AlphaSchedule(self.alpha_cutoff, self.alpha_half_life, self.alpha_floor)

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 from specproxy.draft.expert import ExpertDrafter
 from specproxy.draft.interface import Drafter
+from specproxy.draft.lookup import LookupDrafter
 from specproxy.draft.tree import TreeDrafter
 from specproxy.policy import Plan
 
-__all__ = ["DRAFTERS", "Drafter", "TreeDrafter", "drafter_of"]
+__all__ = ["DRAFTERS", "Drafter", "ExpertDrafter", "LookupDrafter", "TreeDrafter", "drafter_of"]
 
-#: Every drafter, by the name that a plan gives.
-DRAFTERS: Mapping[str, Drafter] = {drafter.name: drafter for drafter in (ExpertDrafter(),)}
+#: Every drafter of chains, by the name that a plan gives.
+DRAFTERS: Mapping[str, Drafter] = {drafter.name: drafter for drafter in (ExpertDrafter(), LookupDrafter())}
 
 _TREE_DRAFTER = TreeDrafter()
 

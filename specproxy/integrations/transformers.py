@@ -27,6 +27,7 @@ from specproxy.model import ProxyTunedModel
 from specproxy.options import parse_options
 from specproxy.processors import Processor, configured_processors, configured_warpers
 from specproxy.schedule import AlphaSchedule
+from specproxy.suffix import LookupCorpus
 
 __all__ = ["custom_generate"]
 
@@ -42,11 +43,13 @@ def custom_generate(
     stop_strings: str | Sequence[str] | None = None,
     num_draft_tokens: int | Literal["auto"] = 4,
     acceptance: str = "rejection",
+    drafter: str | None = None,
+    corpus: LookupCorpus | None = None,
 ) -> Callable[..., Tensor | GenerateOutput]:
     """A decoding method for `base.generate(..., custom_generate=...)`.
 
     Every argument of Transformers' `generate` keeps its meaning, the base's generation configuration included. `seed`,
-    `alpha`, `alpha_schedule`, `num_draft_tokens`, `acceptance`, `expert_input_ids`, `expert_attention_mask`,
+    `alpha`, `alpha_schedule`, `num_draft_tokens`, `acceptance`, `drafter`, `expert_input_ids`, `expert_attention_mask`,
     `anti_expert_input_ids` and `anti_expert_attention_mask` may be given to `generate` as well.
 
     Args:
@@ -56,7 +59,7 @@ def custom_generate(
         tokenizer: of the base; names the ids that may be generated, and is needed for stop strings.
         streamer: to stream to; Transformers does not pass on its own `streamer` argument to a callable.
         stop_strings: strings that end a row; Transformers refuses its own `stop_strings` argument beside a callable.
-        num_draft_tokens, acceptance: as in `ProxyTunedModel.generate`.
+        num_draft_tokens, acceptance, drafter, corpus: as in `ProxyTunedModel.generate`.
 
     Returns:
         The decoding method.
@@ -67,6 +70,7 @@ def custom_generate(
     """
     proxies: dict[int, ProxyTunedModel] = {}
     pair_alpha, pair_schedule, pair_count, pair_rule = alpha, alpha_schedule, num_draft_tokens, acceptance
+    pair_drafter = drafter
 
     def decode(
         model: PreTrainedModel,
@@ -80,6 +84,7 @@ def custom_generate(
         alpha_schedule: AlphaSchedule | Sequence[AlphaSchedule | None] | None = None,
         num_draft_tokens: int | Literal["auto"] | None = None,
         acceptance: str | None = None,
+        drafter: str | None = None,
         expert_input_ids: Tensor | None = None,
         expert_attention_mask: Tensor | None = None,
         anti_expert_input_ids: Tensor | None = None,
@@ -117,6 +122,8 @@ def custom_generate(
             alpha_schedule=pair_schedule if alpha_schedule is None else alpha_schedule,
             num_draft_tokens=pair_count if num_draft_tokens is None else num_draft_tokens,
             acceptance=acceptance or pair_rule,
+            drafter=drafter or pair_drafter,
+            corpus=corpus,
             expert_input_ids=expert_input_ids,
             expert_attention_mask=expert_attention_mask,
             anti_expert_input_ids=anti_expert_input_ids,
