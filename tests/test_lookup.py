@@ -202,28 +202,32 @@ def test_at_the_last_position_of_a_model() -> None:
 class NeverSeen(LogitsProcessor):
     """Fails on a prefix that holds what it has forbidden itself, as a table of allowed continuations would."""
 
+    def __init__(self, prompt_length: int, residue: int) -> None:
+        self.prompt_length, self.residue = prompt_length, residue
+
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        assert not bool((input_ids[:, 9:] % 7 == 3).any()), "a prefix that no text can have"
+        new = input_ids[:, self.prompt_length :]
+        assert not bool((new % 7 == self.residue).any()), "a prefix that no text can have"
         scores = scores.clone()
-        scores[:, 3::7] = -torch.inf
+        scores[:, self.residue :: 7] = -torch.inf
         return scores
 
 
 @pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
 def test_processors_are_spared_prefixes_that_no_text_can_have(rule: str) -> None:
     """Lookup may propose what a processor forbids: it is refused, and what stands behind it is not looked at."""
-    prompts = RolePrompts((FIVE.base[0][:9],))
-    rows = greedy_rows("llama", prompts, length=LENGTH)
-    assert any(token % 7 == 3 for token in rows[0])
-    settings = {"logits_processor": [NeverSeen()], "num_draft_tokens": 6, "acceptance": rule, "seed": 3}
+    prompts = RolePrompts((THREE_OWN.base[1],))
+    rows = greedy_rows("llama", THREE_OWN, length=LENGTH)
+    forbidden = NeverSeen(len(prompts.base[0]), rows[1][1] % 7)
+    settings = {"logits_processor": [forbidden], "num_draft_tokens": 6, "acceptance": rule, "seed": 3}
     corpus = LookupCorpus()
-    corpus.add([*prompts.base[0], *rows[0]])
+    corpus.add([*prompts.base[0], *rows[1]])
     for do_sample in (False, True):
         output = run(prompts, do_sample=do_sample, drafter="lookup", corpus=corpus, **settings)
+        assert output.speculation.num_draft_tokens > 0
         if not do_sample or rule == "coupled":
             per_step = run(prompts, do_sample=do_sample, **settings | {"num_draft_tokens": 0})
             assert output.sequences.tolist() == per_step.sequences.tolist()
-    assert output.speculation.num_draft_tokens > 0
 
 
 # The law of what is drawn, with certain drafts
