@@ -502,7 +502,7 @@ def test_readme_example_runs(
 
 
 def test_readme_has_every_kind_of_example() -> None:
-    assert len(EXAMPLES_OF_README) == 11
+    assert len(EXAMPLES_OF_README) == 13
     kinds = (
         "from_pretrained",
         "chat(",
