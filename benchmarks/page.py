@@ -49,16 +49,21 @@ def headline(record: dict[str, Any], tuning: dict[str, Any] | None) -> list[str]
     """The figures that stand in the project's README, a list item each."""
     lines = []
     if tuning is not None:
-        strict = tuning["summary"]["strict"]
-        pooled = strict["pooled"]
-        solved = ", ".join(f"{_ROLES[role]} {_percent(pooled[role])}" for role in _ROLES)
+        strict, lenient = (tuning["summary"][scoring] for scoring in SCORINGS)
+        solved = ", ".join(
+            f"{what} {_percent(strict['pooled'][role])}" for role, what in _ROLES.items() if role in strict["pooled"]
+        )
         lines.append(
             f"- **Quality**, embedded arithmetic trio, {len(tuning['seeds'])} seeds of the tuning run, "
             f"{tuning['num_test']} held-out problems, strict scoring, 95 % intervals: base {_percent(strict['base'])}, "
-            f"{solved}. Proxy-tuning closes {_percent(pooled['gap_closed'])} of the base's gap to direct tuning with "
-            f"as many tokens, the expert alone {_percent(pooled['gap_closed_by_expert'])}."
+            f"{solved}."
         )
-        lenient = tuning["summary"]["lenient"]
+        if "gap_closed" in strict["pooled"]:
+            closed, by_expert = (strict["pooled"][name] for name in ("gap_closed", "gap_closed_by_expert"))
+            lines[-1] += (
+                f" Proxy-tuning closes {_percent(closed)} of the base's gap to direct tuning with as many tokens, the "
+                f"expert alone {_percent(by_expert)}{_of_fewer(closed, tuning)}."
+            )
         lines.append(
             f"- Lenient scoring, which takes the last number of any text, gives the untuned base "
             f"{_percent(lenient['base'])} and proxy-tuning {_percent(lenient['pooled']['proxy-tuned'])}: "
@@ -124,25 +129,36 @@ def _quality(record: dict[str, Any], tuning: dict[str, Any] | None) -> list[str]
             f"the base itself solves {_interval(summary['base'])}.",
             _table(["", "alpha", *_ROLES.values(), "over the expert", "gap closed", "by the expert"], rows),
         ]
+    own = all(row["validation"] for row in tuning["seeds"].values())
+    chosen = f"each seed's best on {tuning['num_validation']} validation problems" if own else "the same for all seeds"
     parts.append(
-        f"{tuning['recipe']} Alpha is each seed's best on {tuning['num_validation']} validation problems. A seed's "
-        "intervals are over problems, those of all seeds over seeds and problems."
+        f"{tuning['recipe']} Alpha is {chosen}. A seed's intervals are over problems, those of all seeds over seeds "
+        "and problems."
     )
     pooled = tuning["summary"]["strict"]["pooled"]
     bars = [
-        ("proxy-tuned, strict", pooled["proxy-tuned"], 0.3),
-        ("over the expert alone", pooled["over_expert"], 0.2),
-        ("share of the gap to direct tuning closed", pooled["gap_closed"], 0.7),
+        ("proxy-tuned, strict", pooled.get("proxy-tuned"), 0.3),
+        ("over the expert alone", pooled.get("over_expert"), 0.2),
+        ("share of the gap to direct tuning closed", pooled.get("gap_closed"), 0.7),
     ]
-    rows = [
-        [what, f"{bar:.0%}", _interval(got), "yes" if got["value"] >= bar else f"no, by {bar - got['value']:.1%}"]
-        for what, got, bar in bars
-    ]
+    rows = []
+    for what, got, bar in bars:
+        if got is not None:
+            missed = bar - got["value"]
+            interval = f"{_interval(got)}{_of_fewer(got, tuning)}"
+            rows.append([what, f"{bar:.0%}", interval, "yes" if missed <= 0 else f"no, by {missed:.1%}"])
     return [*parts, _table(["what must be reached", "at least", "all seeds", "reached"], rows)]
 
 
 def _outcome(own: dict[str, Any]) -> list[str]:
-    return [_interval(own[name]) for name in (*_ROLES, "over_expert", "gap_closed", "gap_closed_by_expert")]
+    names = (*_ROLES, "over_expert", "gap_closed", "gap_closed_by_expert")
+    return [_interval(own[name]) if name in own else "-" for name in names]
+
+
+def _of_fewer(figure: dict[str, Any], tuning: dict[str, Any]) -> str:
+    """A word on a figure that not all seeds have."""
+    count = figure["seeds"]
+    return "" if count == len(tuning["seeds"]) else f" ({count} seed{'s' * (count > 1)})"
 
 
 def _speed(record: dict[str, Any], charts: Mapping[str, str]) -> list[str]:
@@ -218,13 +234,14 @@ def _draw_quality(path: Path, tuning: dict[str, Any]) -> None:
     figure, panels = pyplot.subplots(1, len(SCORINGS), figsize=(5 * len(SCORINGS), 3.6), sharey=True)
     for panel, scoring in zip(panels, SCORINGS, strict=True):
         summary = tuning["summary"][scoring]
-        bars = {"base": summary["base"]} | {_ROLES[role]: summary["pooled"][role] for role in _ROLES}
+        present = [role for role in _ROLES if role in summary["pooled"]]
+        bars = {"base": summary["base"]} | {_ROLES[role]: summary["pooled"][role] for role in present}
         values = np.array([[bar["value"], bar["low"], bar["high"]] for bar in bars.values()]).T * 100
         errors = np.abs(values[1:] - values[0])
-        colours = ["tab:grey", "tab:grey", "tab:green", "tab:grey"]
+        colours = ["tab:green" if name == "proxy-tuned" else "tab:grey" for name in bars]
         panel.bar(range(len(bars)), values[0], yerr=errors, color=colours, capsize=4)
-        for place, role in enumerate(_ROLES, start=1):
-            dots = [100 * own[role]["value"] for own in summary["seeds"].values()]
+        for place, role in enumerate(present, start=1):
+            dots = [100 * own[role]["value"] for own in summary["seeds"].values() if role in own]
             panel.plot([place] * len(dots), dots, "k.", markersize=5)
         panel.set_xticks(range(len(bars)), [name.replace(" ", "\n", 1) for name in bars])
         panel.set_title(f"{scoring} scoring")
@@ -257,7 +274,7 @@ def _bits(text: str) -> np.ndarray:
 
 
 def _interval(figure: dict[str, Any]) -> str:
-    return Estimate(**figure).format()
+    return Estimate(figure["value"], figure["low"], figure["high"]).format()
 
 
 def _percent(figure: dict[str, Any]) -> str:

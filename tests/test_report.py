@@ -36,7 +36,7 @@ def tuning(*solved: tuple[int, int, int], base: int = 0, problems: int = 100) ->
         return {"strict": text, "lenient": text}
 
     rows = {
-        str(seed): {"alpha": 1.5, **dict(zip(seeds.TUNED, map(bits, counts), strict=True))}
+        str(seed): {"alpha": 1.5, "validation": {"1.5": 0.4}, **dict(zip(seeds.TUNED, map(bits, counts), strict=True))}
         for seed, counts in enumerate(solved)
     }
     made: dict[str, Any] = {"num_test": problems, "num_validation": 20, "recipe": "As told.", "seeds": rows}
@@ -66,9 +66,7 @@ def test_alpha_is_the_best_on_validation_and_the_least_of_equals(monkeypatch: py
     assert alpha == 1.25 and solved["1.5"] == 0.5
 
 
-def test_a_record_is_continued_and_told_once_it_is_whole(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_record_is_continued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Laws are stood in for by names; every one is asked once, whatever number of calls it takes."""
     asked = []
 
@@ -97,8 +95,8 @@ def test_a_record_is_continued_and_told_once_it_is_whole(
         done: dict[str, Any] = json.loads(path.read_text())
         return done
 
-    assert "summary" not in call("--laws", "expert", "proxy-tuned")
-    assert "seeds 7 lack laws" in capsys.readouterr().err
+    partial = call("--laws", "expert", "proxy-tuned")["summary"]["strict"]["pooled"]
+    assert partial["over_expert"]["value"] == 0.5 and not {"tuned-base", "gap_closed"} & set(partial)
     done = call()
     assert asked == ["base", "expert", "proxy-tuned", "tuned-base"]
     assert done["seeds"]["7"]["alpha"] == 2.0
@@ -115,6 +113,7 @@ def test_the_page_tells_what_was_recorded(record: dict[str, Any]) -> None:
     assert "| proxy-tuned | 100.0 [51.0, 100.0] | 100.0 [51.0, 100.0] | 1.5 |" in text
     assert "| seed 1 | 1.5 | 14.0 [" in text
     assert "| proxy-tuned, strict | 30% | 45.0 [" in text and text.count("| yes |") >= 3
+    assert "Alpha is each seed's best on 20 validation problems." in text
     assert "Python, base grown" in text and "passed" in text
 
 
@@ -123,6 +122,17 @@ def test_a_bar_that_is_missed_is_told_by_how_much() -> None:
     assert "| over the expert alone | 20% | 10.0 [" in text
     assert "| no, by 10.0% |" in text and "| no, by 20.0% |" in text  # of the gap a half is closed
     assert text.count("| yes |") == 1
+
+
+def test_seeds_whose_base_is_not_tuned_yet_are_left_out_where_it_counts() -> None:
+    made = tuning((10, 40, 50), (20, 60, 50))
+    del made["seeds"]["1"]["tuned-base"]
+    made["summary"] = summarised(made)
+    pooled = made["summary"]["strict"]["pooled"]
+    assert (pooled["proxy-tuned"]["value"], pooled["proxy-tuned"]["seeds"]) == (0.5, 2)
+    assert pooled["gap_closed"]["value"] == pytest.approx(0.8) and pooled["gap_closed"]["seeds"] == 1
+    text = page({"steps": {}}, made, {})
+    assert "| share of the gap to direct tuning closed | 70% | 80.0 [" in text and "] (1 seed) | yes |" in text
 
 
 def test_the_page_of_nothing_says_so(record: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """Command: what proxy-tuning reaches over several runs of the tuning, beside the base tuned directly for as long.
 
 For every seed there are two checkpoints of `training.train`, tuned on the same rows for the same number of steps: an
-expert that started from the anti-expert, and a base that started from the base. Alpha is chosen for each seed on
-validation problems; everything else is counted on test problems, which every law answers greedily, in float32. What
-the record already holds is kept, so that a run may be continued.
+expert that started from the anti-expert, and a base that started from the base. Alpha is chosen on validation problems,
+for each seed or beforehand. Everything else is counted on test problems, which every law answers greedily, in float32.
+What the record already holds is kept, so that a run may be continued.
 
 The record holds every single verdict, a character a problem, and figures with intervals from `specproxy.scoring`.
 """
@@ -16,7 +16,8 @@ import itertools
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import transformers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specproxy.problems import Problem, held_out
-from specproxy.scoring import difference, proportion, score_answers, share_of_gap
+from specproxy.scoring import Estimate, difference, proportion, score_answers, share_of_gap
 from training.evaluate import answers, load_models
 from training.laws import Law
 from training.tokenizer import load_tokenizer
@@ -54,21 +55,27 @@ def verdicts(text: str) -> np.ndarray:
     return np.array([character == "1" for character in text])
 
 
-def figures(base: np.ndarray, expert: np.ndarray, proxy: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:
+def figures(base: np.ndarray, seeds: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
     """Shares solved; proxy-tuning against the expert alone, and on the way from the base to the directly tuned base.
 
     Args:
         base: bool [problems].
-        expert: bool [seeds, problems], of the experts alone.
-        proxy: The same, of the proxy-tuned laws.
-        tuned: The same, of the directly tuned bases.
+        seeds: For every seed the same of the laws in `TUNED`. A figure takes the seeds that have all its laws.
+
+    Returns:
+        Estimates ready for JSON, each with its number of ``seeds``; without those that no seed has the laws for.
     """
-    estimates = {name: proportion(right) for name, right in zip(TUNED, (expert, proxy, tuned), strict=True)} | {
-        "over_expert": difference(proxy, expert),
-        "gap_closed": share_of_gap(base, proxy, tuned),
-        "gap_closed_by_expert": share_of_gap(base, expert, tuned),
-    }
-    return {name: estimate.to_dict() for name, estimate in estimates.items()}
+    formulas: dict[str, tuple[tuple[str, ...], Callable[..., Estimate]]] = {law: ((law,), proportion) for law in TUNED}
+    formulas["over_expert"] = (("proxy-tuned", "expert"), difference)
+    formulas["gap_closed"] = (("proxy-tuned", "tuned-base"), partial(share_of_gap, base))
+    formulas["gap_closed_by_expert"] = (("expert", "tuned-base"), partial(share_of_gap, base))
+    found = {}
+    for name, (laws, formula) in formulas.items():
+        rows = [row for row in seeds if set(laws) <= set(row)]
+        if rows:
+            estimate = formula(*(np.stack([row[law] for row in rows]) for law in laws))
+            found[name] = estimate.to_dict() | {"seeds": len(rows)}
+    return found
 
 
 def summarised(record: dict[str, Any]) -> dict[str, Any]:
@@ -76,11 +83,14 @@ def summarised(record: dict[str, Any]) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for scoring in SCORINGS:
         base = verdicts(record["base"][scoring])
-        own = {seed: [verdicts(row[name][scoring])[None] for name in TUNED] for seed, row in record["seeds"].items()}
+        own = {
+            seed: {law: verdicts(row[law][scoring]) for law in TUNED if law in row}
+            for seed, row in record["seeds"].items()
+        }
         summary[scoring] = {
             "base": proportion(base).to_dict(),
-            "seeds": {seed: figures(base, *rights) for seed, rights in own.items()},
-            "pooled": figures(base, *(np.concatenate(rights) for rights in zip(*own.values(), strict=True))),
+            "seeds": {seed: figures(base, [laws]) for seed, laws in own.items()},
+            "pooled": figures(base, list(own.values())),
         }
     return summary
 
@@ -123,6 +133,7 @@ def main() -> None:
     parser.add_argument("--laws", choices=TUNED, nargs="+", default=TUNED, help="laws to evaluate; all by default")
     parser.add_argument("--problems", type=int, default=500, help="test problems")
     parser.add_argument("--validation", type=int, default=120, help="validation problems, for alpha")
+    parser.add_argument("--alpha", type=float, default=None, help="strength chosen before; by default each seed's own")
     parser.add_argument("--recipe", default="", help="how the checkpoints were tuned, for the record")
     parser.add_argument("--out", type=Path, required=True, help="record to write or continue, as JSON")
     parser.add_argument("--threads", type=int, default=1)
@@ -163,7 +174,10 @@ def main() -> None:
         expert = load_checkpoint(arguments.work / arguments.expert.format(seed=seed), "small")
         if law == "expert":
             return {law: solve(Law.of(expert), tokenizer, test)}
-        alpha, solved = choose_alpha(base, expert, anti_expert, tokenizer, validation)
+        if arguments.alpha is None:
+            alpha, solved = choose_alpha(base, expert, anti_expert, tokenizer, validation)
+        else:
+            alpha, solved = arguments.alpha, {}
         right = solve(Law.proxy(base, expert, anti_expert, alpha), tokenizer, test)
         return {law: right, "alpha": alpha, "validation": solved}
 
@@ -174,13 +188,8 @@ def main() -> None:
             row |= evaluate(seed, law)
             right = row[law]["strict"]
             _tell(f"  {right.count('1') / len(right):.1%} of the test problems")
+            record["summary"] = summarised(record)
             arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished = [seed for seed, row in record["seeds"].items() if not set(TUNED) <= set(row)]
-    if unfinished:
-        _tell(f"no figures yet: seeds {', '.join(unfinished)} lack laws")
-        return
-    record["summary"] = summarised(record)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record["summary"], indent=1))
 
 
