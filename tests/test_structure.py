@@ -36,6 +36,7 @@ LAYERS = [
         "specproxy.errors",
         "specproxy.version",
         "specproxy.streaming",
+        "specproxy.text",
         "specproxy.theory",
         "specproxy.costs",
         "specproxy.forecast",
@@ -81,6 +82,14 @@ LAYERS = [
     {"specproxy.integrations.lm_eval.run", "specproxy.tasks.utils"},
     {"specproxy.integrations.lm_eval"},
     {"specproxy"},
+    {"specproxy.server.wire", "specproxy.server.settings", "specproxy.server.logs", "specproxy.server.metrics"},
+    {"specproxy.server.errors", "specproxy.server.logprobs", "specproxy.server.streams"},
+    {"specproxy.server.service", "specproxy.server.gate"},
+    {"specproxy.server.follow"},
+    {"specproxy.server.answers"},
+    {"specproxy.server.routes"},
+    {"specproxy.server.app", "specproxy.server.run"},
+    {"specproxy.server"},
     # The function that Transformers loads from its folder: outside the package's own imports.
     {"specproxy.integrations.hub.custom_generate.generate", "specproxy.commands"},
     {"specproxy.commands.arguments", "specproxy.commands.report"},
@@ -92,10 +101,14 @@ LAYERS = [
         "specproxy.commands.eval",
         "specproxy.commands.vllm_config",
     },
+    {"specproxy.commands.serve"},
     {"specproxy.cli"},
     {"specproxy.__main__"},
 ]
-EXTRAS = {"lm_eval", "datasets", "yaml"}  # lm_eval brings the others
+EXTRAS = {
+    *("lm_eval", "datasets", "yaml"),  # lm_eval brings the others
+    *("fastapi", "starlette", "pydantic", "uvicorn", "openai", "prometheus_client"),  # fastapi brings two of them
+}
 # What each package may import beside the standard library and itself.
 OUTSIDE = {
     "specproxy_kernels": {"torch", "triton"},

@@ -19,10 +19,11 @@ from transformers import TextStreamer
 from specproxy import demo
 from specproxy.commands.arguments import DecodingOptions, DeviceOptions, ModelOptions
 from specproxy.commands.loading import load, quiet
-from specproxy.commands.report import Comparison, print_report, split_tokens
+from specproxy.commands.report import Comparison, print_report
 from specproxy.errors import ConfigurationError, PromptError
 from specproxy.model import ProxyTunedModel
 from specproxy.stats import SpeculationStats
+from specproxy.text import split_tokens
 
 __all__ = ["generate"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,11 +15,10 @@ from rich.text import Text
 
 from specproxy.stats import DRAFT, TARGET, SpeculationStats
 
-__all__ = ["Comparison", "print_report", "split_tokens"]
+__all__ = ["Comparison", "print_report"]
 
 STYLES = {DRAFT: "green", TARGET: "bold magenta"}
 BAR_WIDTH = 24  # cells of a bar at 100 %
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes the first bytes of a character to
 
 
 @dataclass(frozen=True)
@@ -41,31 +39,6 @@ class Comparison:
     def ratio(self) -> float:
         """Median of the pairwise ratios."""
         return median(ours / theirs for ours, theirs in zip(self.speculative, self.per_step, strict=True))
-
-
-def split_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; the pieces joined are the text of `ids` without special tokens.
-
-    Bytes of an unfinished character are held back until the token that completes it.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        ids: token ids of one row.
-    """
-
-    def decode(start: int, stop: int) -> str:
-        return tokenizer.decode(list(ids[start:stop]), skip_special_tokens=True)
-
-    pieces = []
-    start = done = 0  # decoding starts one token before the text not yet given out, so that spaces come out right
-    for position in range(len(ids)):
-        known, text = decode(start, done), decode(start, position + 1)
-        if text.endswith(UNFINISHED) and position + 1 < len(ids):
-            pieces.append("")
-            continue
-        pieces.append(text[len(known) :])
-        start, done = done, position + 1
-    return pieces
 
 
 def print_report(
