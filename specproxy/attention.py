@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from specproxy.cache import Window
 from specproxy.errors import SpecProxyError, UnsupportedModelError
+from specproxy.packed import PackedWindow
 from specproxy_kernels import ragged_attention, window_attention, window_bias
 from specproxy_kernels.dispatch import kernel_path
 
@@ -43,8 +44,11 @@ def _attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, [B, H, T, D] queries over [B, H_kv, S, D] buffers; returns [B, T, H, D]."""
-    window: Window | None = kwargs.get(WINDOW_KEYWORD)
+    """Attention of one layer, [B, H, T, D] queries over [B, H_kv, S, D] buffers; returns [B, T, H, D].
+
+    In a packed forward `key` and `value` are tuples of such buffers, one per window.
+    """
+    window: Window | PackedWindow | None = kwargs.get(WINDOW_KEYWORD)
     if window is None:
         raise SpecProxyError(
             "the model was called from elsewhere while specproxy generates with it: wait until generate() returns, "
@@ -57,19 +61,36 @@ def _attend(
             f"{type(module).__name__} asks for {', '.join(unsupported)} in its attention, which ragged windows do not "
             "support; use an architecture of plain causal or sliding-window attention."
         )
-    window.num_attended += 1
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    further_arguments = (scaling, sliding_window, softcap)
+    if isinstance(window, PackedWindow):
+        parts = zip(window.windows, window.split(query), key, value, strict=True)
+        return window.join([_attend_window(*part, *further_arguments) for part in parts]), None
+    return _attend_window(window, query, key, value, *further_arguments), None
+
+
+def _attend_window(
+    window: Window,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`_attend` of one cache's window."""
+    window.num_attended += 1
     if kernel_path(query.device) == "triton":
-        return _attend_fused(window, query, key, value, scaling, sliding_window, softcap), None
+        return _attend_fused(window, query, key, value, scaling, sliding_window, softcap)
     num_keys = key.shape[2]
     limited = sliding_window is not None and num_keys > sliding_window
     is_chain = window.nodes is None
     if is_chain and window.size == 1 and window.is_uniform:
         if limited:
             key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]  # type: ignore[operator]
-        return window_attention(query, key, value, None, scaling=scaling, softcap=softcap), None
+        return window_attention(query, key, value, None, scaling=scaling, softcap=softcap)
     if is_chain and window.longest == 0 and not limited:
-        return window_attention(query, key, value, None, scaling=scaling, softcap=softcap, causal=True), None
+        return window_attention(query, key, value, None, scaling=scaling, softcap=softcap, causal=True)
     groups = query.shape[1] // key.shape[1]
     name = (sliding_window if limited else None, groups, num_keys, query.dtype)
     bias = window.biases.get(name)
@@ -79,7 +100,7 @@ def _attend(
         ancestors = None if is_chain else window.ancestors.to(query.device)  # type: ignore[union-attr]
         bias = window_bias(lengths, window.size, num_keys, groups, query.dtype, reach, ancestors)
         window.biases[name] = bias
-    return window_attention(query, key, value, bias.to(query.device), scaling=scaling, softcap=softcap), None
+    return window_attention(query, key, value, bias.to(query.device), scaling=scaling, softcap=softcap)
 
 
 def _attend_fused(

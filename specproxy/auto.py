@@ -68,6 +68,7 @@ class AutoPolicy:
         self._scorers: set[str] = set()  # roles that run once a cycle, over the whole window
         self._overlaps = False  # whether forwards cannot be told apart by their times
         self._bonus_always = False  # whether the bonus step runs without being reached
+        self._bonus_is_shared = False  # whether the expert's last position is part of another model's forward
         self._choices: dict[int, _Choice] = {}
         self._age = 0
         self._counts = np.array([count for count in _COUNTS if count <= most])
@@ -137,9 +138,9 @@ class AutoPolicy:
         if self._overlaps or step is None:
             choice = _Choice(np.array(whole), 0.0)
         else:
-            steps = np.maximum(counts + self._bonus_always, 1)
+            steps = counts if self._bonus_is_shared else np.maximum(counts + self._bonus_always, 1)
             seconds = steps * step + [self._windows(rows, count + 1) for count in counts.tolist()]
-            choice = _Choice(seconds, 0.0 if self._bonus_always else step)
+            choice = _Choice(seconds, 0.0 if self._bonus_always or self._bonus_is_shared else step)
         # A wider window is never cheaper, which shows a single spike for what it is.
         choice.seconds = np.minimum.accumulate(choice.seconds[::-1])[::-1]
         self._choices[rows] = choice
@@ -173,6 +174,9 @@ class AutoPolicy:
         reached = any(kept == count for kept, count in zip(report.num_accepted, report.num_drafts, strict=True))
         if report.plan.num_drafts and steps > report.plan.num_drafts and not reached:
             self._bonus_always = True
+        is_chain = report.plan.drafter == _EXPERT and report.plan.tree is None
+        if report.forwards and is_chain and reached and steps <= report.plan.num_drafts:
+            self._bonus_is_shared = True
         self._cycles += 1
         drafted = report.plan.num_drafts > 0
         self._with_drafts = self._with_drafts + 1 if drafted else 0

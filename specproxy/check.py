@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from specproxy.adapters import LoraSwitch, adapter_base, is_adapted, is_adapter, shape_adapter, without_adapter
 from specproxy.errors import SpecProxyError, UnsupportedModelError
 from specproxy.generate import GenerateOutput
 from specproxy.model import ProxyTunedModel, find_tokenizer
@@ -34,12 +35,13 @@ class ModelFacts:
 
     Args:
         architecture: class name.
-        num_parameters: all of them, shared ones once.
+        num_parameters: all that a forward reads, shared ones once.
         weight_bytes: per dtype.
         kv_bytes_per_token: of the cache in a 2-byte dtype; 0 without attention.
         vocab_width: of its logits.
         max_positions: or None.
         has_tokenizer: whether one was found beside it.
+        shares_weights: whether it is an adapter on the anti-expert, of which `weight_bytes` then counts the adapter.
     """
 
     architecture: str
@@ -49,6 +51,7 @@ class ModelFacts:
     vocab_width: int
     max_positions: int | None
     has_tokenizer: bool
+    shares_weights: bool = False
 
 
 @dataclass
@@ -124,14 +127,20 @@ def check_folders(base: str, expert: str, anti_expert: str | None = None, tokeni
     for role, name in names.items():
         tokenizers[role] = find_tokenizer(tokenizer if role == BASE and tokenizer is not None else name)
         try:
-            model = model_without_weights(name)
+            if role == EXPERT and is_adapter(name):
+                model = shape_adapter(model_without_weights(anti_expert or adapter_base(name)), name)
+            else:
+                model = model_without_weights(name)
         except ValueError as error:  # also Transformers' own, for an architecture that it does not know
             report.problems.append(f"{role}: {str(error).splitlines()[0]}")
             continue
         widths[role] = logits_width(model)
-        report.models[role] = _facts(model, tokenizers[role] is not None)
+        shares = is_adapted(model) and anti_expert is not None
+        report.models[role] = _facts(model, tokenizers[role] is not None, shares)
         try:
-            check_supported(model, role)
+            if shares:
+                LoraSwitch(model, role)
+            check_supported(without_adapter(model, role), role)
         except SpecProxyError as error:
             report.problems.append(str(error))
     if len(widths) == len(names):
@@ -168,6 +177,8 @@ def _expect(report: CheckReport) -> None:
     has_anti_expert = ANTI_EXPERT in sizes
     if not has_anti_expert:
         report.notes.append("no anti-expert: the expert's logits are added as they are, which is not proxy-tuning.")
+    elif report.models[EXPERT].shares_weights:
+        report.notes.append("the expert is an adapter on the anti-expert: one copy of weights serves both.")
     elif sizes[EXPERT] != sizes[ANTI_EXPERT]:
         report.notes.append("expert and anti-expert differ in size: they should be one model, tuned and untuned.")
     report.cost_ratio = ratio = sizes[EXPERT] / sizes[BASE]
@@ -185,21 +196,23 @@ def _expect(report: CheckReport) -> None:
         )
 
 
-def _facts(model: Any, has_tokenizer: bool) -> ModelFacts:
+def _facts(model: Any, has_tokenizer: bool, shares_weights: bool) -> ModelFacts:
     text = model.config.get_text_config(decoder=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    own = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name) if shares_weights else parameters
     # A model without attention has no cache that grows.
     attention_heads = getattr(text, "num_attention_heads", None) or 0
     heads = getattr(text, "num_key_value_heads", None) or attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // max(attention_heads, 1)
     return ModelFacts(
-        architecture=type(model).__name__,
+        architecture=type(model.get_base_model() if is_adapted(model) else model).__name__,
         num_parameters=parameters,
-        weight_bytes={dtype: parameters * size for dtype, size in _BYTES.items()},
+        weight_bytes={dtype: own * size for dtype, size in _BYTES.items()},
         kv_bytes_per_token=2 * 2 * text.num_hidden_layers * heads * head_size,
         vocab_width=logits_width(model),
         max_positions=position_limit(model),
         has_tokenizer=has_tokenizer,
+        shares_weights=shares_weights,
     )
 
 

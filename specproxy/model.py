@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import logging as transformers_logging
 
 from specproxy import demo
+from specproxy.adapters import adapter_base, is_adapter, load_adapter
 from specproxy.chat import ChatReply, ChatTemplate, check_messages, render_prompt
 from specproxy.config import check_alpha
 from specproxy.errors import ConfigurationError
@@ -38,7 +39,9 @@ class ProxyTunedModel:
 
     Args:
         base: the large model, a loaded Transformers causal language model.
-        expert: the small tuned model.
+        expert: the small tuned model. It may be a peft model whose base model, `expert.get_base_model()`, is given as
+            the anti-expert: a LoRA adapter on it. Then one copy of weights serves both, and where both run over a
+            window they share one pass over them.
         anti_expert: the small model untuned; without one (None) the term is alpha * s_expert.
         tokenizer: of the base; names the ids that may be generated. Without any tokenizer these are all ids below the
             smallest logit width.
@@ -106,13 +109,14 @@ class ProxyTunedModel:
         """Load the models from local folders or a hub.
 
         Args:
-            base, expert, anti_expert: folders or hub ids; None for no anti-expert.
+            base, expert, anti_expert: folders or hub ids; None for no anti-expert. The expert may be a LoRA adapter
+                (needs peft): it is put on the anti-expert, or, without one, on the model that it names itself.
             alpha: proxy strength.
             tokenizer: a tokenizer, folder or hub id for the base; by default that of its folder. Tokenizers found
                 beside expert and anti-expert are checked against it.
             dtype, device_map, quantization_config: of all models, as in `AutoModelForCausalLM.from_pretrained`.
             base_kwargs, expert_kwargs, anti_expert_kwargs: further keyword arguments of one model; they override the
-                shared ones.
+                shared ones. Those of an adapter go to `PeftModel.from_pretrained`.
             progress: show one progress bar on stderr.
 
         Returns:
@@ -129,12 +133,19 @@ class ProxyTunedModel:
         tokenizers = {role: find_tokenizer(name) for role, name in names.items()}
         if tokenizer is not None:
             tokenizers[BASE] = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        models = {}
+        models: dict[str, Any] = {}
         bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
-            for role in track(names, "Loading models", console=Console(stderr=True), disable=not progress):
-                models[role] = AutoModelForCausalLM.from_pretrained(names[role], **{**shared, **(own[role] or {})})
+            adapter = is_adapter(expert)
+            folders = {role: name for role, name in names.items() if not (adapter and role == EXPERT)}
+            if adapter and anti_expert is None:
+                folders[EXPERT] = adapter_base(expert)
+            for role in track(folders, "Loading models", console=Console(stderr=True), disable=not progress):
+                further = {} if adapter and role == EXPERT else own[role] or {}
+                models[role] = AutoModelForCausalLM.from_pretrained(folders[role], **{**shared, **further})
+            if adapter:
+                models[EXPERT] = load_adapter(models.get(ANTI_EXPERT, models.get(EXPERT)), expert, own[EXPERT] or {})
         finally:
             if bars:
                 transformers_logging.enable_progress_bar()
@@ -172,17 +183,19 @@ class ProxyTunedModel:
     @property
     def base(self) -> PreTrainedModel:
         """The large untuned model."""
-        return self._trio.models[BASE]
+        base: PreTrainedModel = self._trio.given[BASE]
+        return base
 
     @property
     def expert(self) -> PreTrainedModel:
         """The small tuned model."""
-        return self._trio.models[EXPERT]
+        expert: PreTrainedModel = self._trio.given[EXPERT]
+        return expert
 
     @property
     def anti_expert(self) -> PreTrainedModel | None:
         """The small model untuned; None where the first pair has none."""
-        return self._trio.models.get(ANTI_EXPERT)
+        return self._trio.given.get(ANTI_EXPERT)
 
     @property
     def vocab_size(self) -> int:
@@ -238,13 +251,11 @@ class ProxyTunedModel:
             # Positions count tokens, not padding: learned positions would shift otherwise.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             masked = {"attention_mask": attention_mask, "position_ids": position_ids}
-        logits = {
-            role: model(
-                input_ids=input_ids.to(model.device),
-                **{name: value.to(model.device) for name, value in masked.items()},
-            ).logits.to(self.device)
-            for role, model in self._trio.models.items()
-        }
+        logits: dict[str, Tensor] = {}
+        for role in self._trio.models:
+            with self._trio.called(role) as model:
+                own = {name: value.to(model.device) for name, value in masked.items()}
+                logits[role] = model(input_ids=input_ids.to(model.device), **own).logits.to(self.device)
         strength = torch.ones(input_ids.shape, dtype=torch.float64, device=self.device)
         pairs = [pair.term(logits, pair.alpha * strength) for pair in self._trio.pairs]
         allowed = self._trio.vocabulary.allowed

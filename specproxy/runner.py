@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specproxy.adapters import EVERY_TOKEN, LoraSwitch
 from specproxy.attention import WINDOW_KEYWORD
 from specproxy.cache import RaggedCache
 from specproxy.errors import UnsupportedModelError
@@ -85,11 +87,23 @@ class Runner:
         role: "base", "expert" or "anti_expert"; for messages.
         max_rows: rows of the cache.
         graphs: where given, forwards of windows are captured and replayed.
+        adapter: of a model whose weights serve a role with the adapter and one without.
+        is_tuned: which of the two this is.
     """
 
-    def __init__(self, model: PreTrainedModel, role: str, max_rows: int, graphs: Graphs | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        role: str,
+        max_rows: int,
+        graphs: Graphs | None = None,
+        adapter: LoraSwitch | None = None,
+        is_tuned: bool = False,
+    ) -> None:
         self.model = model
         self.role = role
+        self.adapter = adapter
+        self.is_tuned = is_tuned
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.cache = RaggedCache(max_rows, self.device)
         self.graphs = graphs
@@ -186,14 +200,18 @@ class Runner:
         keywords: dict[str, Any] = {WINDOW_KEYWORD: window}
         if logits_to_keep and self._keeps_logits:
             keywords["logits_to_keep"] = logits_to_keep
+        adapted: AbstractContextManager[None] = nullcontext()
+        if self.adapter is not None:
+            adapted = self.adapter.applied(EVERY_TOKEN if self.is_tuned else None)
         try:
-            output = self.model(
-                input_ids=tokens.to(self.device),
-                position_ids=positions,
-                past_key_values=self.cache,
-                use_cache=True,
-                **keywords,
-            )
+            with adapted:
+                output = self.model(
+                    input_ids=tokens.to(self.device),
+                    position_ids=positions,
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    **keywords,
+                )
         finally:
             self.cache.window = None
         if not self._checked:

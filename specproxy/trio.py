@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specproxy.adapters import EVERY_TOKEN, LoraSwitch, is_adapted, without_adapter
 from specproxy.attention import borrowed
 from specproxy.auto import AutoPolicy
 from specproxy.config import check_alpha
 from specproxy.costs import ForwardTime
+from specproxy.errors import ConfigurationError
 from specproxy.graphs import Branches, Graphs, make_graphs
 from specproxy.nodes import Nodes
+from specproxy.packed_runner import PackedRunner
 from specproxy.runner import Runner, check_supported, logits_width, position_limit
 from specproxy.state import ANTI_EXPERT, BASE, EXPERT
 from specproxy.tree import TreeShape
@@ -51,6 +54,7 @@ class TrioRunners:
         capacity: positions to make room for at once.
         graphs: where given, device work is captured and replayed.
         overlaps: whether the small models' forwards over a window run beside the base's; on one CUDA device.
+        adapters: of roles whose weights serve one with the adapter and one without, and whether the role is the former.
     """
 
     def __init__(
@@ -61,7 +65,9 @@ class TrioRunners:
         capacity: int,
         graphs: Graphs | None = None,
         overlaps: bool = False,
+        adapters: Mapping[str, tuple[LoraSwitch, bool]] | None = None,
     ) -> None:
+        adapters = adapters or {}
         self.pairs = pairs
         self.overlaps = overlaps
         self.max_rows = max_rows
@@ -69,7 +75,15 @@ class TrioRunners:
         self._pinned: Tensor | None = None
         self._nodes: dict[tuple[TreeShape, torch.device], Nodes] = {}  # captures refer to them: none is let go
         self.state_buffers: dict[str, Tensor] = {}  # of the decode state, which captures refer to as they do to caches
-        self.by_role = {role: Runner(model, role, max_rows, graphs) for role, model in models.items()}
+        self.by_role = {
+            role: Runner(model, role, max_rows, graphs, *adapters.get(role, ())) for role, model in models.items()
+        }
+        self.packed: dict[str, PackedRunner] = {}  # by expert, where it is an adapter on its anti-expert
+        for pair in pairs:
+            is_shared = pair.expert in adapters and pair.anti_expert in adapters
+            if pair.anti_expert is not None and is_shared and models[pair.anti_expert] is models[pair.expert]:
+                untuned, tuned = self.by_role[pair.anti_expert], self.by_role[pair.expert]
+                self.packed[pair.expert] = PackedRunner(untuned, tuned)
         self.base, self.expert = (self.by_role[role] for role in (BASE, EXPERT))
         self.branches = Branches(self.base.device if overlaps and self.base.device.type == "cuda" else None)
         self.reserve(capacity)
@@ -158,15 +172,19 @@ class Trio:
         alpha: float = 1.0,
         further_pairs: Sequence[tuple[PreTrainedModel, PreTrainedModel | None, float]] = (),
     ) -> None:
-        self.models = {BASE: base}
+        self.given: dict[str, Any] = {BASE: base}  # as the caller has them, peft models among them
         self.pairs: list[Pair] = []
         for i, (pair_expert, pair_anti_expert, strength) in enumerate([(expert, anti_expert, alpha), *further_pairs]):
             suffix = f"_{i + 1}" if i else ""
             anti_role = None if pair_anti_expert is None else ANTI_EXPERT + suffix
-            self.models[EXPERT + suffix] = pair_expert
+            self.given[EXPERT + suffix] = pair_expert
             if anti_role is not None and pair_anti_expert is not None:
-                self.models[anti_role] = pair_anti_expert
+                self.given[anti_role] = pair_anti_expert
             self.pairs.append(Pair(EXPERT + suffix, anti_role, check_alpha(strength)))
+        self.models: dict[str, PreTrainedModel] = {
+            role: without_adapter(model, role) for role, model in self.given.items()
+        }
+        self.adapters = self._shared_adapters()
         for role, model in self.models.items():
             check_supported(model, role)
         self.widths = {role: logits_width(model) for role, model in self.models.items()}
@@ -179,6 +197,44 @@ class Trio:
         self._policies: dict[bool, AutoPolicy] = {}  # that no call has now, by whether cycles are captured
         self._spare: tuple[list[int], TrioRunners] | None = None  # addresses of the weights it was made for
         self.position_limits = {role: position_limit(model) for role, model in self.models.items()}
+
+    def _shared_adapters(self) -> dict[str, tuple[LoraSwitch, bool]]:
+        """Per role of a model that serves with and without an adapter, the switch, and whether the role has it on."""
+        for pair in self.pairs:
+            expert = self.given[pair.expert]
+            if pair.anti_expert is not None and is_adapted(expert) and expert is self.given[pair.anti_expert]:
+                raise ConfigurationError(
+                    f"{pair.expert} and {pair.anti_expert} are one peft model; give its get_base_model() as the "
+                    f"{pair.anti_expert}."
+                )
+        adapters: dict[str, tuple[LoraSwitch, bool]] = {}
+        for role, model in self.given.items():
+            inner = self.models[role]
+            users = [other for other, its_model in self.models.items() if its_model is inner]
+            if is_adapted(model) and any(self.given[other] is inner for other in users):
+                switch = LoraSwitch(model, role)
+                adapters[role] = switch, True
+                adapters |= {other: (switch, False) for other in users if self.given[other] is inner}
+        return adapters
+
+    @contextmanager
+    def switched(self) -> Iterator[None]:
+        """Let roles that share weights run with and without their adapter, each by its own `LoraSwitch`."""
+        with ExitStack() as stack:
+            for switch, is_tuned in self.adapters.values():
+                if is_tuned:
+                    stack.enter_context(switch.borrowed())
+            yield
+
+    @contextmanager
+    def called(self, role: str) -> Iterator[PreTrainedModel]:
+        """A role's model for calls of its own, its adapter on or off as belongs to the role."""
+        if role not in self.adapters:
+            yield self.models[role]
+            return
+        switch, is_tuned = self.adapters[role]
+        with switch.borrowed(), switch.applied(EVERY_TOKEN if is_tuned else None):
+            yield self.models[role]
 
     @property
     def device(self) -> torch.device:
@@ -234,7 +290,7 @@ class Trio:
         graphs = make_graphs({weight.device for weight in weights}, cuda_graphs)
         # A sharded or offloaded weight has no address; nor is it ever captured.
         addresses = [] if graphs is None else [weight.data_ptr() for weight in weights]
-        with borrowed(self.models.values()):
+        with borrowed(self.models.values()), self.switched():
             with self._lock:
                 spare, self._spare = self._spare, None
             if (
@@ -246,7 +302,7 @@ class Trio:
             ):
                 spare = None  # freed before new caches are made
                 overlaps = self.overlap and graphs is not None
-                runners = TrioRunners(self.models, self.pairs, max_rows, capacity, graphs, overlaps)
+                runners = TrioRunners(self.models, self.pairs, max_rows, capacity, graphs, overlaps, self.adapters)
             else:
                 runners = spare[1]
                 runners.restart(capacity)

@@ -111,8 +111,12 @@ def score_window(state: DecodeState, runners: TrioRunners, draft: Draft) -> Wind
     depth = None if draft.tree is None else runners.nodes(draft.tree, state.device).depth
     window = WindowLogits(by_role, runners.pairs, state.strengths(draft.count + 1, depth), draft.count + 1)
     branches = runners.branches
+    for pair in runners.pairs:
+        if pair.expert in runners.packed and draft.tree is None:  # a tree's expert has run all that pays already
+            with branches.beside():
+                _score_packed(runners, pair, inputs, draft, by_role)
     for role, tokens in inputs.items():
-        if role != BASE:
+        if role != BASE and role not in by_role:
             with branches.beside():
                 by_role[role] = score(role, tokens)
     if runners.overlaps and draft.tree is None and draft.expert_logits is not None:
@@ -124,6 +128,25 @@ def score_window(state: DecodeState, runners: TrioRunners, draft: Draft) -> Wind
         # Only now: a copy between devices would hold the base's forward up until the model behind it is done.
         by_role[role] = by_role[role].to(state.device)
     return window
+
+
+def _score_packed(
+    runners: TrioRunners, pair: Pair, inputs: dict[str, Tensor], draft: Draft, by_role: dict[str, Tensor]
+) -> None:
+    """Both models of a pair of one set of weights in one forward.
+
+    An expert that has drafted brings its bonus position alone: at one more token a row that costs less than a pass over
+    the weights of its own, even where no row reaches the position.
+    """
+    assert pair.anti_expert is not None
+    packed, drafted = runners.packed[pair.expert], by_role.get(pair.expert)
+    if drafted is None:
+        tokens, offset = inputs[pair.expert], 0
+    else:
+        tokens, offset = draft.tokens[:, drafted.shape[1] - 1 :], drafted.shape[1]
+    anti_logits, logits = packed.forward(inputs[pair.anti_expert], tokens, tuned_offset=offset)
+    by_role[pair.anti_expert] = anti_logits
+    by_role[pair.expert] = logits if drafted is None else torch.cat([drafted, logits.to(drafted.device)], dim=1)
 
 
 def bonus_step(state: DecodeState, runners: TrioRunners, draft: Draft, window: WindowLogits) -> None:

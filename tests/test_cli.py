@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from rich.console import Console
@@ -274,6 +275,21 @@ def test_an_expert_alone(run: Run, folder: Path, tiny: Any) -> None:
     assert run("vllm-config", *names, "--out", str(folder / "out"))[2].startswith("error: the anti_expert is missing")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_as_the_expert(run: Run, folder: Path, tmp_path: Path) -> None:
+    small = LlamaForCausalLM.from_pretrained(folder / "anti-expert")
+    expert = peft.get_peft_model(small, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, r=1))
+    expert.save_pretrained(tmp_path / "adapter")
+    expert.merge_and_unload().save_pretrained(tmp_path / "merged")
+    names = ("--base", str(folder / "base"), "--anti-expert", str(folder / "anti-expert"))
+    adapter, merged = (("--expert", str(tmp_path / name)) for name in ("adapter", "merged"))
+    code, out, err = run(*SHORT, "Hello", *names, *adapter)
+    assert (code, err) == (0, "") and out == run(*SHORT, "Hello", *names, *merged)[1]
+    code, out, _ = run("check", *names, *adapter, "--run", "--dtype", "float64")
+    assert code == 0 and "one copy of weights serves both" in " ".join(out.split())
+    assert "adapter, and the composite holds" in run("vllm-config", *names, *adapter, "--out", str(tmp_path / "out"))[2]
+
+
 def test_a_strength_that_changes(run: Run, tiny: Any) -> None:
     code, out, _ = run(*SHORT, "Hello", "--alpha", "3", "--alpha-cutoff", "4", "--alpha-half-life", "2")
     schedule = AlphaSchedule(cutoff=4, half_life=2)
@@ -458,6 +474,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES_OF_README = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("number", range(len(EXAMPLES_OF_README)))
 def test_readme_example_runs(
     tiny: Any, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
@@ -477,6 +494,8 @@ def test_readme_example_runs(
         assert lines[-1].split()[0] == "4" and len(scope["reply"].messages) == 4
     elif "contrast" in scope:
         assert len(lines) >= 3 and scope["early"].shape == scope["away"].shape == (1, scope["ids"].shape[1] + 24)
+    elif "tuned" in scope:
+        assert scope["model"].expert is scope["tuned"] and len(lines) >= 1
     elif "both" in scope:
         assert len(scope["both"].generate(scope["ids"], max_new_tokens=2)) == 2
     elif "streamer" in scope:
@@ -492,6 +511,8 @@ def test_readme_example_runs(
     elif "LookupCorpus" in example:
         accepted, same = lines[-1].split()
         assert int(accepted) > 20 and same == "True"
+    elif "speculation.windows" in example:
+        assert len(lines) == 1 and sum(scope["out"].speculation.windows["expert"].values()) >= 1
     elif "cuda_graphs" in example:
         captured = scope["model"].generate(scope["ids"], max_new_tokens=32, num_draft_tokens=4)
         assert torch.equal(scope["output"], captured)
@@ -503,17 +524,19 @@ def test_readme_example_runs(
 
 
 def test_readme_has_every_kind_of_example() -> None:
-    assert len(EXAMPLES_OF_README) == 13
+    assert len(EXAMPLES_OF_README) == 14
     kinds = (
         "from_pretrained",
         "chat(",
         "further_pairs",
         "AlphaSchedule",
         "corpus.add(",
+        "get_peft_model",
         "RowStreamer",
         "Engine(",
         "custom_generate(",
         "pipeline(",
+        "speculation.windows",
         "cuda_graphs",
     )
     for name in kinds:

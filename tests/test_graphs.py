@@ -13,6 +13,7 @@ import torch
 from kernels.interpreter import quick_interpreter
 from support import PAD, role_prompts
 from tape import CaptureError, TapeBackend
+from test_lora import pair
 from transformers import LogitsProcessor
 
 import specproxy.cache
@@ -152,6 +153,17 @@ def test_captured_trees_give_the_tokens_of_eager_ones(backend, law):
     assert_same(got, expected)
     assert got.speculation.num_tree_tokens > 0
     assert backend.tapes and backend.replays > len(backend.tapes)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("law", ["plain", "processor"])
+def test_a_pair_of_one_set_of_weights(backend, law):
+    """An adapter as the expert: whole cycles, or each forward, one of which holds both models' windows."""
+    own = pair()
+    expected = run(own.whole, False, OWN, **LAWS[law])
+    assert_same(run(own.shared, False, OWN, **LAWS[law]), expected)
+    assert_same(run(own.shared, True, OWN, **LAWS[law]), expected)
+    assert backend.replays > len(backend.tapes) > 0
 
 
 @pytest.fixture

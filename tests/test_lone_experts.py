@@ -73,6 +73,11 @@ def test_greedy_tokens_are_the_formulas(kind, count):
     assert new_tokens(output) == expected(kind)
 
 
+def test_token_trees():
+    arguments = {"max_new_tokens": COUNT, "num_draft_tokens": 4, "num_tree_tokens": 12}
+    assert new_tokens(model("contrast").generate(*batch(), **arguments)) == expected("contrast")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_and_coupled_tokens(kind):
     torch.testing.assert_close(model(kind).forward(torch.tensor([ROWS[0]])).logits[0], plain_scores(kind, ROWS[0]))

@@ -69,6 +69,11 @@ def test_greedy_tokens_are_those_of_whole_forwards(schedule):
         assert new_tokens(output) == expected(schedule), count
 
 
+def test_strengths_in_a_token_tree_go_by_depth():
+    arguments = {"num_draft_tokens": 4, "num_tree_tokens": 12, "alpha_schedule": SCHEDULES[3]}
+    assert new_tokens(model().generate(*batch(), max_new_tokens=COUNT, **arguments)) == expected(SCHEDULES[3])
+
+
 @pytest.mark.parametrize("cutoff", [0, 3])
 def test_behind_the_cutoff_the_law_is_the_bases_own(cutoff):
     """Windows of five straddle it: logits at every position are those of the whole pair, then the base's alone."""

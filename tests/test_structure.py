@@ -44,6 +44,7 @@ LAYERS = [
     },
     {"specproxy.timing", "specproxy.scoring", "specproxy.problems", "specproxy.nodes", "specproxy.suffix"},
     {"specproxy.graphs", "specproxy.config", "specproxy.cache", "specproxy.vocab", "specproxy.stats"},
+    {"specproxy.packed", "specproxy.adapters"},
     {
         "specproxy.attention",
         "specproxy.warp",
@@ -53,6 +54,7 @@ LAYERS = [
     },
     {"specproxy.state", "specproxy.options", "specproxy.auto"},
     {"specproxy.runner"},
+    {"specproxy.packed_runner"},
     {"specproxy.trio"},
     {"specproxy.batches"},
     {
@@ -106,6 +108,7 @@ LAYERS = [
     {"specproxy.__main__"},
 ]
 EXTRAS = {
+    "peft",
     *("lm_eval", "datasets", "yaml"),  # lm_eval brings the others
     *("fastapi", "starlette", "pydantic", "uvicorn", "openai", "prometheus_client"),  # fastapi brings two of them
 }

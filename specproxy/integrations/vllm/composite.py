@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from specproxy.adapters import is_adapter
 from specproxy.check import model_without_weights
 from specproxy.config import check_alpha
 from specproxy.errors import ConfigurationError, UnsupportedModelError
@@ -124,6 +125,11 @@ def _inspect(role: str, name: str) -> Any:
     folder = Path(name)
     if folder.is_absolute() and not folder.is_dir():
         raise ConfigurationError(f"{role}={name} cannot be read: there is no such folder. Name a folder or hub id.")
+    if is_adapter(name):
+        raise ConfigurationError(
+            f"{role}={name} is an adapter, and the composite holds whole models; merge_and_unload() it, save "
+            "the result and name that."
+        )
     try:
         model = model_without_weights(name)
     except OSError as error:
