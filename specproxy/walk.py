@@ -51,7 +51,7 @@ def walk(
     is_moving = num_accepted == 0
     waits = ~is_moving  # at a leaf whose logits the expert has yet to give
     for depth in range(tree.depth + 1):
-        drawn = path.draw(depth, parameters, noise)
+        drawn = path.draw(num_accepted, depth, parameters, noise)
         token, status = torch.where(is_moving, drawn[0], token), torch.where(is_moving, drawn[1], status)
         if depth == tree.depth:
             break
@@ -117,15 +117,17 @@ class _Path:
             known = self.window.by_role.get(role)
             self.window.by_role[role] = here if known is None else torch.cat([known, here], dim=1)
 
-    def draw(self, depth: int, parameters: WarpParameters, noise: NoiseStream) -> tuple[Tensor, Tensor]:
-        """The target's token, and status, [B] each, at the nodes of one depth that the rows stand at.
+    def draw(
+        self, num_accepted: Tensor, depth: int, parameters: WarpParameters, noise: NoiseStream
+    ) -> tuple[Tensor, Tensor]:
+        """The target's token, and status, [B] each, of the rows that have come to a depth, at their nodes there.
 
         The parameters' prefix holds the path; their allowed tokens are those of the window's positions.
         """
         self._enter()
         if self._state.is_dense:
             tokens = torch.stack(self.tokens, dim=1) if self.tokens else self._nothing
-            self.window.resolve(self._state, tokens)
+            self.window.resolve(self._state, tokens, num_accepted)
         return self.draw_at(torch.full_like(self._state.start, depth), parameters, noise)
 
     def draw_at(self, depth: Tensor, parameters: WarpParameters, noise: NoiseStream) -> tuple[Tensor, Tensor]:

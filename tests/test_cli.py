@@ -513,6 +513,10 @@ def test_readme_example_runs(
         assert int(accepted) > 20 and same == "True"
     elif "speculation.windows" in example:
         assert len(lines) == 1 and sum(scope["out"].speculation.windows["expert"].values()) >= 1
+    elif "num_tree_tokens" in example:
+        assert lines[0] == "True"
+        chain, tree = map(float, lines[1].split())
+        assert 1 <= chain < tree <= 5
     elif "cuda_graphs" in example:
         captured = scope["model"].generate(scope["ids"], max_new_tokens=32, num_draft_tokens=4)
         assert torch.equal(scope["output"], captured)
@@ -524,12 +528,13 @@ def test_readme_example_runs(
 
 
 def test_readme_has_every_kind_of_example() -> None:
-    assert len(EXAMPLES_OF_README) == 14
+    assert len(EXAMPLES_OF_README) == 15
     kinds = (
         "from_pretrained",
         "chat(",
         "further_pairs",
         "AlphaSchedule",
+        "num_tree_tokens",
         "corpus.add(",
         "get_peft_model",
         "RowStreamer",

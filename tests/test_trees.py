@@ -166,6 +166,31 @@ def test_every_law(model, law):
     assert_per_step(model, **{**COUPLED, **LAWS[law]})
 
 
+class Grammar(LogitsProcessor):
+    """Three tokens may follow each; it knows no other text."""
+
+    def __init__(self, prompts: RolePrompts) -> None:
+        self.lengths = {row: len(row) for row in prompts.base}
+
+    def allowed(self, token: int) -> list[int]:
+        return [(7 * token + step) % tiny.VOCAB_SIZE for step in (1, 2, 5)]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        text = input_ids[0].tolist()
+        length = next(length for row, length in self.lengths.items() if tuple(text[:length]) == row)
+        for before, token in zip(text[length - 1 :], text[length:], strict=False):
+            assert token in self.allowed(before), "a text that was ruled out"
+        mask = torch.full_like(scores, -torch.inf)
+        mask[:, self.allowed(text[-1])] = 0
+        return scores + mask
+
+
+@pytest.mark.parametrize("law", [GREEDY, COUPLED], ids=["greedy", "coupled"])
+def test_processors_see_no_text_that_they_rule_out(model, law):
+    """Guesses beyond the three that are allowed have no mass, and nothing is asked behind them."""
+    assert_per_step(model, FOUR, **law, logits_processor=[Grammar(FOUR)], num_tree_tokens=40)
+
+
 def test_further_pairs():
     """A second expert scores the tree as the base does; one pair has no anti-expert."""
     base, expert, anti_expert = tiny.shared_trio("llama").models

@@ -6,13 +6,15 @@ draft of a chain there, and under `coupled` meets the target's own draw.
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
 from specproxy.policy import Plan
 from specproxy.state import EXPERT, DecodeState, Draft
 from specproxy.trio import TrioRunners
-from specproxy_kernels import NoiseStream, WarpParameters, combine_logits, kernel_path, sample_candidates
+from specproxy_kernels import NoiseStream, combine_logits, kernel_path, sample_candidates
 
 __all__ = ["TreeDrafter"]
 
@@ -35,6 +37,7 @@ class TreeDrafter:
         parameters = state.warp(tree.depth + 1)
         noise.expect(tree.depth + 1)  # the target's draws read the same noise, down to the last level
         tokens = state.pending[EXPERT][:, None]  # int64 [B, nodes so far]
+        is_possible = torch.ones_like(tokens, dtype=torch.bool)  # likewise; kept for processors alone
         logits: list[Tensor] = []
         for depth, (level, inner) in enumerate(zip(tree.levels, tree.expanded, strict=True)):
             run = level if runs_leaves else inner
@@ -44,21 +47,33 @@ class TreeDrafter:
             if inner:
                 prefix = tokens[:, nodes.paths[inner.start : inner.stop, 1 : depth + 1]]  # [B, m, depth]
                 scores = logits[-1][:, : len(inner)]
-                guesses = _guess(state, scores, parameters, prefix, noise, nodes.num_guesses[depth])
-                tokens = torch.cat([tokens, guesses.flatten(1)[:, nodes.picks[depth]]], dim=1)
+                if state.has_processors:
+                    scores = _processed(state, scores, prefix, is_possible[:, inner.start : inner.stop])
+                count, pick = nodes.num_guesses[depth], nodes.picks[depth]
+                guesses = sample_candidates(scores, parameters, prefix, noise, state.vocab_size, count)  # [B, m, k]
+                tokens = torch.cat([tokens, guesses.flatten(1)[:, pick]], dim=1)
+                if state.has_processors:
+                    has_mass = scores.gather(-1, guesses) > -inf
+                    has_mass &= is_possible[:, inner.start : inner.stop, None]
+                    is_possible = torch.cat([is_possible, has_mass.flatten(1)[:, pick]], dim=1)
         expert_logits = torch.cat(logits, dim=1)  # [B, nodes run, V_expert]
         return Draft(tokens[:, 1:], state.num_drafts(tree.depth), None, expert_logits, tree)
 
 
-def _guess(
-    state: DecodeState, logits: Tensor, parameters: WarpParameters, prefix: Tensor, noise: NoiseStream, count: int
-) -> Tensor:
-    """int64 [B, m, count], the best guesses behind m nodes, from logits [B, m, V] and drafts before [B, m, depth]."""
-    if state.has_processors:
-        logits = combine_logits(logits, [], state.vocab_size, state.shared_ids)[0]
-        processed = [
-            state.process(logits[:, node : node + 1], prefix[:, node], first=prefix.shape[2])
-            for node in range(prefix.shape[1])
-        ]
-        logits = torch.cat(processed, dim=1)
-    return sample_candidates(logits, parameters, prefix, noise, state.vocab_size, count)
+def _processed(state: DecodeState, logits: Tensor, prefix: Tensor, is_possible: Tensor) -> Tensor:
+    """Logits [B, m, V] of nodes behind the rows' processors, which see no prefix that they have ruled out.
+
+    Args:
+        state: the rows in flight.
+        logits: the expert's, raw.
+        prefix: int64 [B, m, depth], the drafts before each node.
+        is_possible: bool [B, m], whether each node's path has mass.
+    """
+    combined = combine_logits(logits, [], state.vocab_size, state.shared_ids)[0]
+    depth = prefix.shape[2]
+    counts = depth - (~is_possible).long()  # a row is left alone where its drafts do not reach
+    processed = [
+        state.process(combined[:, node : node + 1], prefix[:, node], depth, counts[:, node])
+        for node in range(prefix.shape[1])
+    ]
+    return torch.cat(processed, dim=1)

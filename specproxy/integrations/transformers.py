@@ -42,6 +42,7 @@ def custom_generate(
     streamer: Any = None,
     stop_strings: str | Sequence[str] | None = None,
     num_draft_tokens: int | Literal["auto"] = 4,
+    num_tree_tokens: int = 0,
     acceptance: str = "rejection",
     drafter: str | None = None,
     corpus: LookupCorpus | None = None,
@@ -49,8 +50,8 @@ def custom_generate(
     """A decoding method for `base.generate(..., custom_generate=...)`.
 
     Every argument of Transformers' `generate` keeps its meaning, the base's generation configuration included. `seed`,
-    `alpha`, `alpha_schedule`, `num_draft_tokens`, `acceptance`, `drafter`, `expert_input_ids`, `expert_attention_mask`,
-    `anti_expert_input_ids` and `anti_expert_attention_mask` may be given to `generate` as well.
+    `alpha`, `alpha_schedule`, `num_draft_tokens`, `num_tree_tokens`, `acceptance`, `drafter`, `expert_input_ids`,
+    `expert_attention_mask`, `anti_expert_input_ids` and `anti_expert_attention_mask` may be given to `generate` too.
 
     Args:
         expert, anti_expert: the pair, loaded Transformers causal language models; None for no anti-expert.
@@ -59,7 +60,7 @@ def custom_generate(
         tokenizer: of the base; names the ids that may be generated, and is needed for stop strings.
         streamer: to stream to; Transformers does not pass on its own `streamer` argument to a callable.
         stop_strings: strings that end a row; Transformers refuses its own `stop_strings` argument beside a callable.
-        num_draft_tokens, acceptance, drafter, corpus: as in `ProxyTunedModel.generate`.
+        num_draft_tokens, num_tree_tokens, acceptance, drafter, corpus: as in `ProxyTunedModel.generate`.
 
     Returns:
         The decoding method.
@@ -70,7 +71,7 @@ def custom_generate(
     """
     proxies: dict[int, ProxyTunedModel] = {}
     pair_alpha, pair_schedule, pair_count, pair_rule = alpha, alpha_schedule, num_draft_tokens, acceptance
-    pair_drafter = drafter
+    pair_drafter, pair_nodes = drafter, num_tree_tokens
 
     def decode(
         model: PreTrainedModel,
@@ -83,6 +84,7 @@ def custom_generate(
         alpha: float | Sequence[float] | None = None,
         alpha_schedule: AlphaSchedule | Sequence[AlphaSchedule | None] | None = None,
         num_draft_tokens: int | Literal["auto"] | None = None,
+        num_tree_tokens: int | None = None,
         acceptance: str | None = None,
         drafter: str | None = None,
         expert_input_ids: Tensor | None = None,
@@ -121,6 +123,7 @@ def custom_generate(
             alpha=alpha,
             alpha_schedule=pair_schedule if alpha_schedule is None else alpha_schedule,
             num_draft_tokens=pair_count if num_draft_tokens is None else num_draft_tokens,
+            num_tree_tokens=pair_nodes if num_tree_tokens is None else num_tree_tokens,
             acceptance=acceptance or pair_rule,
             drafter=drafter or pair_drafter,
             corpus=corpus,
