@@ -20,8 +20,8 @@ import torch
 from serving import application, expected_tokens, listening, model, text_of, wait_for
 from test_hf_generation import letters
 
-WORDS = ["the", "rain", "in", "spain", "stays", "mainly", "on", "a", "plain", "one", "of", "those"]
-POISON = letters().convert_tokens_to_ids("q")  # in no word above; kept out of every answer
+PROMPTS = ["the", "rain in", "spain stays", "mainly on a plain", "one", "of those", "a", "in the rain", "stays", "so"]
+POISON = letters().convert_tokens_to_ids("q")  # in no prompt above; kept out of every answer
 CONCURRENCY = 32
 LENGTH = 24
 KINDS = {"cancelled": 0.20, "malformed": 0.05, "poisoned": 0.02}
@@ -71,7 +71,7 @@ class Soak:
             await asyncio.gather(*(worker() for _ in range(CONCURRENCY)))
 
     async def _one(self, client: httpx.AsyncClient, kind: str) -> None:
-        prompt = " ".join(self.draw.choices(WORDS, k=self.draw.randrange(1, 4)))
+        prompt = self.draw.choice(PROMPTS)
         count = self.draw.choice([4, 9, LENGTH])
         body: dict[str, Any] = {"prompt": prompt, "max_tokens": count, "temperature": 0}
         body["logit_bias"] = {str(POISON): -100}
