@@ -111,15 +111,16 @@ def score_window(state: DecodeState, runners: TrioRunners, draft: Draft) -> Wind
     depth = None if draft.tree is None else runners.nodes(draft.tree, state.device).depth
     window = WindowLogits(by_role, runners.pairs, state.strengths(draft.count + 1, depth), draft.count + 1)
     branches = runners.branches
+    bonus: dict[str, Tensor] = {}  # what a shared pass adds to the logits of an expert that has drafted
     for pair in runners.pairs:
         if pair.expert in runners.packed and draft.tree is None:  # a tree's expert has run all that pays already
             with branches.beside():
-                _score_packed(runners, pair, inputs, draft, by_role)
+                bonus |= _score_packed(runners, pair, inputs, draft, by_role)
     for role, tokens in inputs.items():
         if role != BASE and role not in by_role:
             with branches.beside():
                 by_role[role] = score(role, tokens)
-    if runners.overlaps and draft.tree is None and draft.expert_logits is not None:
+    if runners.overlaps and draft.tree is None and draft.expert_logits is not None and not bonus:
         with branches.beside():  # reached or not: it costs no time of its own there
             bonus_step(state, runners, draft, window)
     by_role[BASE] = score(BASE, inputs[BASE])
@@ -127,26 +128,28 @@ def score_window(state: DecodeState, runners: TrioRunners, draft: Draft) -> Wind
     for role in inputs:
         # Only now: a copy between devices would hold the base's forward up until the model behind it is done.
         by_role[role] = by_role[role].to(state.device)
+    for role, logits in bonus.items():
+        by_role[role] = torch.cat([by_role[role], logits.to(state.device)], dim=1)
     return window
 
 
 def _score_packed(
     runners: TrioRunners, pair: Pair, inputs: dict[str, Tensor], draft: Draft, by_role: dict[str, Tensor]
-) -> None:
+) -> dict[str, Tensor]:
     """Both models of a pair of one set of weights in one forward.
 
     An expert that has drafted brings its bonus position alone: at one more token a row that costs less than a pass over
-    the weights of its own, even where no row reaches the position.
+    the weights of its own, even where no row reaches the position. Its logits there are returned, by role.
     """
     assert pair.anti_expert is not None
     packed, drafted = runners.packed[pair.expert], by_role.get(pair.expert)
+    window = inputs[pair.anti_expert]
     if drafted is None:
-        tokens, offset = inputs[pair.expert], 0
-    else:
-        tokens, offset = draft.tokens[:, drafted.shape[1] - 1 :], drafted.shape[1]
-    anti_logits, logits = packed.forward(inputs[pair.anti_expert], tokens, tuned_offset=offset)
-    by_role[pair.anti_expert] = anti_logits
-    by_role[pair.expert] = logits if drafted is None else torch.cat([drafted, logits.to(drafted.device)], dim=1)
+        by_role[pair.anti_expert], by_role[pair.expert] = packed.forward(window, inputs[pair.expert])
+        return {}
+    done = drafted.shape[1]
+    by_role[pair.anti_expert], logits = packed.forward(window, draft.tokens[:, done - 1 :], tuned_offset=done)
+    return {pair.expert: logits}
 
 
 def bonus_step(state: DecodeState, runners: TrioRunners, draft: Draft, window: WindowLogits) -> None:
