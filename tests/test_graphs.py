@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import engines
 import pytest
 import tiny
 import torch
@@ -279,6 +280,41 @@ def test_moved_weights_are_captured_anew(backend):
     got = run(model, True, role_prompts([4], seed=4))
     assert len(backend.tapes) > made
     assert_same(got, run(copy_of(model), False, role_prompts([4], seed=4)))
+
+
+def test_an_engine_replays_cycles_while_prompts_are_read(backend):
+    """Idle rows of a captured cycle write behind their ends: the slot in which prompts are read is none of them."""
+    settings = {"do_sample": True, "top_k": 6, "repetition_penalty": 1.1}
+    prompts = tiny.prompts([5, 20, 9, 13], seed=3)
+    with engines.driven(trio(), max_batch_size=3, prefill_chunk=4, num_draft_tokens=3) as engine:
+        handles = []
+        for i, prompt in enumerate(prompts):
+            handles.append(engine.submit(prompt, seed=i, max_new_tokens=5 + i, num_draft_tokens=3 - i % 2, **settings))
+            engine.turn(2)
+        # Logarithms need the window of a replayed cycle; a processor in Python, cycles that are replayed in parts.
+        handles.append(engine.submit(prompts[0], seed=7, max_new_tokens=4, logprobs=1, **settings))
+        handles.append(engine.submit(prompts[2], seed=8, max_new_tokens=4, no_repeat_ngram_size=2, **settings))
+        outputs = engine.finish(*handles)
+        engine.assert_empty()
+    assert backend.replays > len(backend.tapes) > 0
+    calls = [{"seed": i, "max_new_tokens": 5 + i, "num_draft_tokens": 3 - i % 2} for i in range(4)]
+    calls += [{"seed": 7, "max_new_tokens": 4}, {"seed": 8, "max_new_tokens": 4, "no_repeat_ngram_size": 2}]
+    calls = [{"num_draft_tokens": 3, **call} for call in calls]
+    for prompt, call, output in zip([*prompts, prompts[0], prompts[2]], calls, outputs, strict=True):
+        assert output.tokens == engines.alone(prompt, trio(), cuda_graphs=False, **call, **settings), call
+    assert len(outputs[4].logprobs) == 4
+
+
+def test_an_engine_goes_on_behind_a_capture_that_broke_off(backend):
+    prompts = tiny.prompts([5, 9], seed=3)
+    with engines.driven(trio(), max_batch_size=2, num_draft_tokens=3) as engine:
+        handles = [engine.submit(prompt, max_new_tokens=12) for prompt in prompts]
+        engine.turn(2)
+        graphs = engine.scheduler.runners.graphs
+        graphs.run = engines.once(graphs.run, torch.OutOfMemoryError("no memory is left"))
+        output, failed = engine.finish(*handles)
+    assert failed.finish_reason == "error"
+    assert output.tokens == engines.alone(prompts[0], trio(), cuda_graphs=False, max_new_tokens=12)
 
 
 def test_growing_caches_are_captured_anew(backend, monkeypatch):

@@ -364,12 +364,10 @@ def _stop(shared: _Shared) -> None:
 def _serving(shared: _Shared) -> Iterator[Scheduler]:
     """Borrow the models, and make what runs the requests; in the thread that runs them."""
     trio, count, speculation = shared.model._trio, shared.max_batch_size, shared.speculation
-    is_cuda = trio.device.type == "cuda"
-    # A captured cycle runs over a power of two of rows; prompts are read behind all of them.
-    staging = bucket(count, 2 * count) if is_cuda else count
+    staging = bucket(count, 2 * count)  # a captured cycle runs over a power of two of rows; prompts stand behind them
     capacity = min(shared.max_model_len, _FIRST_CAPACITY)
     with (
-        torch.cuda.device(trio.device) if is_cuda else nullcontext(),
+        torch.cuda.device(trio.device) if trio.device.type == "cuda" else nullcontext(),
         torch.inference_mode(),
         trio.runners(staging + 1, capacity, speculation.cuda_graphs) as runners,
     ):
