@@ -68,6 +68,7 @@ def driven(proxy: ProxyTunedModel | None = None, **options: Any) -> Iterator[Dri
     engine._shared.thread = threading.current_thread()  # it has one already, so it starts none
     with _serving(engine._shared) as scheduler:
         yield Driven(engine, scheduler)
+    engine._shared.end("cancelled", None)
     engine.close()
 
 

@@ -100,10 +100,11 @@ def test_a_neighbour_at_its_last_position_narrows_no_window(kind: str) -> None:
     long = tiny.prompts([limit - 6], seed=1)[0]
     sampling = {"do_sample": True, "top_k": 0, "seed": 2}
     with driven(proxy, max_batch_size=2, prefill_chunk=1000) as engine:
-        handles = [engine.submit(long, max_new_tokens=6, **sampling)]
+        # Without drafts of its own it comes to stand at each of the last positions, in windows of five.
+        handles = [engine.submit(long, max_new_tokens=6, num_draft_tokens=0, **sampling)]
         handles.append(engine.submit(PROMPTS[0], max_new_tokens=20, **sampling))
         outputs = engine.finish(*handles)
-    assert outputs[0].tokens == alone(long, proxy, max_new_tokens=6, **sampling)
+    assert outputs[0].tokens == alone(long, proxy, max_new_tokens=6, num_draft_tokens=0, **sampling)
     assert outputs[1].tokens == alone(PROMPTS[0], proxy, max_new_tokens=20, **sampling)
 
 

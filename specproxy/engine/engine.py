@@ -92,8 +92,9 @@ class _Shared:
     queue: Queue
     is_closing: bool = False  # end everything now
     is_draining: bool = False  # take no more
-    failure: BaseException | None = None
-    scheduler: Scheduler | None = None
+    failure: str | None = None
+    scheduler: Scheduler | None = None  # while the loop runs
+    final_stats: EngineStats | None = None  # once it has ended
     thread: threading.Thread | None = None
     idle: threading.Event = field(default_factory=threading.Event)
 
@@ -101,8 +102,47 @@ class _Shared:
     def health(self) -> Health:
         """See `Engine.health`."""
         if self.failure is not None:
-            return Health("dead", describe(self.failure))
+            return Health("dead", self.failure)
         return Health("closed" if self.is_closing else "draining" if self.is_draining else "ready")
+
+    def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+        scheduler = self.scheduler
+        if scheduler is None:
+            return self.final_stats or EngineStats(waiting=len(self.queue), free_rows=self.max_batch_size)
+        counts, running = scheduler.counts, len(scheduler.running)
+        speculation = counts.speculation
+        return EngineStats(
+            running=running,
+            reading=int(scheduler.reading is not None),
+            waiting=len(self.queue),
+            free_rows=self.max_batch_size - running,
+            kv_usage=scheduler.num_positions / (self.max_batch_size * self.max_model_len),
+            cycles=counts.cycles,
+            failed_turns=counts.failed_turns,
+            prompt_tokens=counts.prompt_tokens,
+            reused_tokens=counts.reused_tokens,
+            kept_prefixes=len(scheduler.prefixes),
+            kept_positions=scheduler.prefixes.positions,
+            finished=dict(counts.finished),
+            windows=dict(counts.windows),
+            speculation=replace(
+                speculation,
+                accepted_per_position=list(speculation.accepted_per_position),
+                drafted_per_position=list(speculation.drafted_per_position),
+            ),
+        )
+
+    def end(self, reason: str, error: str | None) -> None:
+        """Behind the loop: end what is left, and let caches and kept prefixes go."""
+        if self.scheduler is not None:
+            self.scheduler.end_all(reason, error)
+        while (request := self.queue.pop()) is not None:
+            request.handle.finish(request.output(reason, error))
+        if self.scheduler is not None:
+            last = replace(self.stats(), free_rows=self.max_batch_size, kv_usage=0.0, kept_prefixes=0, kept_positions=0)
+            self.final_stats, self.scheduler = last, None
+        self.idle.set()
 
 
 class Engine:
@@ -298,31 +338,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What it does and has done."""
-        shared, scheduler = self._shared, self._shared.scheduler
-        if scheduler is None:
-            return EngineStats(waiting=len(shared.queue), free_rows=shared.max_batch_size)
-        counts, running = scheduler.counts, len(scheduler.running)
-        speculation = counts.speculation
-        return EngineStats(
-            running=running,
-            reading=int(scheduler.reading is not None),
-            waiting=len(shared.queue),
-            free_rows=shared.max_batch_size - running,
-            kv_usage=scheduler.num_positions / (shared.max_batch_size * shared.max_model_len),
-            cycles=counts.cycles,
-            failed_turns=counts.failed_turns,
-            prompt_tokens=counts.prompt_tokens,
-            reused_tokens=counts.reused_tokens,
-            kept_prefixes=len(scheduler.prefixes),
-            kept_positions=scheduler.prefixes.positions,
-            finished=dict(counts.finished),
-            windows=dict(counts.windows),
-            speculation=replace(
-                speculation,
-                accepted_per_position=list(speculation.accepted_per_position),
-                drafted_per_position=list(speculation.drafted_per_position),
-            ),
-        )
+        return self._shared.stats()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests and finish those that run or wait.
@@ -389,7 +405,7 @@ def _serving(shared: _Shared) -> Iterator[Scheduler]:
 def _run(shared: _Shared) -> None:
     """The loop's thread."""
     queue = shared.queue
-    ending: tuple[str, str | None] = ("cancelled", None)
+    reason, failure = "cancelled", None
     try:
         with _serving(shared) as scheduler:
             while not shared.is_closing:
@@ -401,11 +417,7 @@ def _run(shared: _Shared) -> None:
                         continue
                 scheduler.turn()
     except BaseException as error:
-        ending = "error", f"the engine's loop has ended: {describe(error)}"
+        reason, failure = "error", describe(error)
         with queue.changed:  # from here on nobody enters the queue
-            shared.failure = error
-    if shared.scheduler is not None:
-        shared.scheduler.end_all(*ending)
-    while (request := queue.pop()) is not None:
-        request.handle.finish(request.output(*ending))
-    shared.idle.set()
+            shared.failure = failure
+    shared.end(reason, failure and f"the engine's loop has ended: {failure}")

@@ -63,21 +63,17 @@ class PrefixStore:
     """Prefixes, the least recently used of which give way.
 
     Args:
-        max_positions: kept in all; an entry counts with its longest role. 0 keeps and finds nothing.
+        max_positions: kept in all; an entry counts with its longest role.
     """
 
     def __init__(self, max_positions: int) -> None:
         self.max_positions = max_positions
+        self.positions = 0  # kept at present
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._next = 0
 
     def __len__(self) -> int:
         return len(self._entries)
-
-    @property
-    def positions(self) -> int:
-        """Kept at present."""
-        return sum(entry.positions for entry in self._entries.values())
 
     def keep(self, runners: TrioRunners, slot: int, tokens: dict[str, list[int]]) -> None:
         """Copy a row.
@@ -94,12 +90,16 @@ class PrefixStore:
                 self._entries.move_to_end(number)
                 return
             if all(common_length(entry.tokens[role], tokens[role]) == len(entry.tokens[role]) for role in tokens):
-                del self._entries[number]  # the new one begins with all of it
+                self._drop(number)  # the new one begins with all of it
         copies = {role: runner.cache.export(slot, len(tokens[role])) for role, runner in runners.by_role.items()}
-        self._entries[self._next] = _Entry({role: list(given) for role, given in tokens.items()}, copies)
+        entry = self._entries[self._next] = _Entry({role: list(given) for role, given in tokens.items()}, copies)
+        self.positions += entry.positions
         self._next += 1
         while self.positions > self.max_positions:
-            self._entries.popitem(last=False)
+            self._drop(next(iter(self._entries)))
+
+    def _drop(self, number: int) -> None:
+        self.positions -= self._entries.pop(number).positions
 
     def restore(
         self, runners: TrioRunners, slot: int, prompts: dict[str, list[int]], rows: Sequence[dict[str, list[int]]]
@@ -129,8 +129,6 @@ class PrefixStore:
 
     def _find(self, role: str, prompt: list[int], rows: Sequence[dict[str, list[int]]]) -> Match:
         best = Match(0)
-        if not self.max_positions:
-            return best
         for number, entry in self._entries.items():
             length = common_length(entry.tokens[role], prompt)
             if length >= max(_LEAST, best.length + 1):
@@ -140,7 +138,3 @@ class PrefixStore:
             if length >= max(_LEAST, best.length + 1):
                 best = Match(length, slot=slot)
         return best
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._entries.clear()

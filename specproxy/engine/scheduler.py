@@ -202,7 +202,8 @@ class Scheduler:
         with self.queue.changed:
             waiting = list(self.queue.requests)
         late = [(request, reason) for request in waiting if (reason := _unwanted(request, now))]
-        self.queue.take({request.row.index for request, _ in late})
+        if late:
+            self.queue.take({request.row.index for request, _ in late})
         for request, reason in late:
             self._finish(request, reason)
         if self.reading is not None and (reason := _unwanted(self.reading.request, now)):
@@ -262,8 +263,7 @@ class Scheduler:
         self.reading = _Reading(request, dict.fromkeys(prompts, 0))
         if request.prompt_logprobs is None:  # they need the logits of every position
             try:
-                held = [self._held(row, slot) for slot, row in enumerate(self.state.rows)]
-                self.reading.done = self.prefixes.restore(self.runners, self.staging, prompts, held)
+                self.reading.done = self._reuse(prompts)
             except Exception as error:
                 self._drop_reading("error", f"its prompt could not be read: {describe(error)}")
                 self._count_fault("prompt", error)
@@ -272,6 +272,13 @@ class Scheduler:
         self.counts.prompt_tokens += len(prompts[BASE])
         self.counts.reused_tokens += request.num_reused_tokens
         return True
+
+    def _reuse(self, prompts: dict[str, list[int]]) -> dict[str, int]:
+        """Begin the slot for prompts with what is known of them; how much that is, per role."""
+        if not self.prefixes.max_positions:
+            return dict.fromkeys(prompts, 0)
+        held = [self._held(row, slot) for slot, row in enumerate(self.state.rows)]
+        return self.prefixes.restore(self.runners, self.staging, prompts, held)
 
     def _held(self, row: Row, slot: int) -> dict[str, list[int]]:
         """Per role, the tokens whose keys and values stand in a row's slot."""
