@@ -53,7 +53,7 @@ setup(
     packages=[*find_packages(include=["specproxy", "specproxy.*"]), "specproxy_kernels", "specproxy_kernels.fused"],
     package_dir={"specproxy_kernels": "kernels/specproxy_kernels"},
     package_data={
-        "specproxy": ["py.typed", "models/**", "tasks/**", "integrations/hub/custom_generate/generate.py"],
+        "specproxy": ["py.typed", "models/**", "tasks/**", "pages/**", "integrations/hub/custom_generate/generate.py"],
         "specproxy_kernels": ["py.typed"],
     },
     include_package_data=False,

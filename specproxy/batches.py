@@ -73,15 +73,16 @@ def score_continuations(
         if not continuation or any(not rows[i] for rows in prompts.values()):
             raise PromptError(f"row {i} has an empty prompt or continuation; give at least one token of each.")
     by_role: dict[str, list[Tensor]] = {}
-    for role, model in trio.models.items():
+    for role in trio.models:
         rows = [
             [*prompt, *continuation[:-1]]
             for prompt, continuation in zip(prompts.get(role, prompts[BASE]), continuations, strict=True)
         ]
         longest = max(map(len, rows))
-        # Padding stands on the right, where no token that counts looks.
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits
+        with trio.called(role) as model:
+            # Padding stands on the right, where no token that counts looks.
+            ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
+            logits = model(input_ids=ids, use_cache=False).logits
         by_role[role] = [
             line[len(row) - len(continuation) : len(row)].to(trio.device)
             for line, row, continuation in zip(logits, rows, continuations, strict=True)

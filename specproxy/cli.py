@@ -13,9 +13,11 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from specproxy.commands.analyze import analyze
 from specproxy.commands.arguments import grouped
 from specproxy.commands.chat import chat
 from specproxy.commands.check import check
+from specproxy.commands.compare import compare_models
 from specproxy.commands.eval import evaluate
 from specproxy.commands.generate import generate
 from specproxy.commands.serve import serve
@@ -28,8 +30,9 @@ __all__ = ["app", "main"]
 EXIT_ERROR = 2
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-for _command in (generate, chat, check, serve, vllm_config):
+for _command in (generate, chat, check, serve, vllm_config, analyze):
     app.command()(grouped(_command))
+app.command("compare")(grouped(compare_models))
 app.command("eval")(grouped(evaluate))
 
 

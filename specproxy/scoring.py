@@ -36,6 +36,7 @@ __all__ = [
     "Scores",
     "difference",
     "lenient_answer",
+    "mean",
     "proportion",
     "reference_answer",
     "score_answers",
@@ -137,11 +138,22 @@ def proportion(right: ArrayLike, confidence: float = 0.95) -> Estimate:
     return Estimate(share, min(share, max(0.0, centre - reach)), max(share, min(1.0, centre + reach)))
 
 
-def difference(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Estimate:
-    """Share of right answers of `first` less that of `second`, on the same problems.
+def mean(values: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """Mean of any numbers, one per text, with the percentiles of a bootstrap over texts.
 
     Args:
-        first, second: bool [problems] or [runs, problems]; one without runs stands beside every run of the other.
+        values: [texts] or [runs, texts].
+        confidence: of the interval.
+    """
+    return _bootstrap(lambda means: means[0], [_rows(values)], confidence)
+
+
+def difference(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """Mean of `first` less that of `second` on the same problems: of right answers, the difference of their shares.
+
+    Args:
+        first, second: bool, or any numbers, [problems] or [runs, problems]; one without runs stands beside every run
+            of the other.
         confidence: of the interval, the percentiles of a paired bootstrap.
     """
     return _bootstrap(lambda means: means[0] - means[1], [_rows(first), _rows(second)], confidence)

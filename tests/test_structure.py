@@ -76,6 +76,8 @@ LAYERS = [
     {"specproxy.engine.scheduler"},
     {"specproxy.engine.engine"},
     {"specproxy.engine"},
+    {"specproxy.plots"},
+    {"specproxy.analysis", "specproxy.analysis_page", "specproxy.comparison"},
     {"specproxy.integrations", "specproxy.check"},
     {"specproxy.integrations.transformers", "specproxy.integrations.vllm.composite"},
     {"specproxy.integrations.vllm.roles"},
@@ -101,6 +103,8 @@ LAYERS = [
         "specproxy.commands.chat",
         "specproxy.commands.check",
         "specproxy.commands.eval",
+        "specproxy.commands.analyze",
+        "specproxy.commands.compare",
         "specproxy.commands.vllm_config",
     },
     {"specproxy.commands.serve"},
@@ -109,7 +113,7 @@ LAYERS = [
 ]
 EXTRAS = {
     "peft",
-    *("lm_eval", "datasets", "yaml"),  # lm_eval brings the others
+    *("lm_eval", "datasets", "yaml", "matplotlib"),  # lm_eval brings two of them
     *("fastapi", "starlette", "pydantic", "uvicorn", "openai", "prometheus_client"),  # fastapi brings two of them
 }
 # What each package may import beside the standard library and itself.
