@@ -183,6 +183,12 @@ def test_headline_goes_between_its_comments(tmp_path: Path) -> None:
         write_headline(readme, {"steps": {}}, made)
 
 
+def test_readme_holds_the_headline_of_the_report() -> None:
+    readme = (ROOT / "README.md").read_text()
+    block = readme.partition(f"{OPENING}\n")[2].partition(f"\n{CLOSING}")[0]
+    assert block and f"## In short\n\n{block}\n\n## " in (ROOT / "benchmarks/REPORT.md").read_text()
+
+
 def test_the_runtime_answers_as_the_law_says() -> None:
     """With drafts, in a ragged batch, against the plain second statement of the law."""
     model = ProxyTunedModel.demo("arithmetic")
