@@ -290,6 +290,18 @@ def test_an_adapter_as_the_expert(run: Run, folder: Path, tmp_path: Path) -> Non
     assert "adapter, and the composite holds" in run("vllm-config", *names, *adapter, "--out", str(tmp_path / "out"))[2]
 
 
+def test_a_token_tree(run: Run, tiny: Any) -> None:
+    """The same text from fewer cycles; refused where no drafts are compared."""
+    coupled = ("--acceptance", "coupled", "--temperature", "1", "--seed", "3")
+    chain = run(*SHORT, "Hello", *coupled, "--json")
+    tree = run(*SHORT, "Hello", *coupled, "--num-tree-tokens", "12", "--json")
+    assert (tree[0], json.loads(tree[1])["text"]) == (0, json.loads(chain[1])["text"])
+    assert json.loads(tree[1])["speculation"]["num_tree_tokens"] > 0
+    assert run(*SHORT, "Hello", "--temperature", "1", "--num-tree-tokens", "12")[2].startswith(
+        "error: num_tree_tokens=12"
+    )
+
+
 def test_a_strength_that_changes(run: Run, tiny: Any) -> None:
     code, out, _ = run(*SHORT, "Hello", "--alpha", "3", "--alpha-cutoff", "4", "--alpha-half-life", "2")
     schedule = AlphaSchedule(cutoff=4, half_life=2)
