@@ -55,6 +55,8 @@ def test_greedy_tokens_equal_the_oracle(name: str) -> None:
     for count in (0, 1, 4, "auto"):
         output = model().generate(*batch(), max_new_tokens=LENGTH, num_draft_tokens=count, **CASES[name])
         assert new_tokens(output) == expected, f"{count} drafts"
+    tree = model().generate(*batch(), max_new_tokens=LENGTH, num_draft_tokens=3, num_tree_tokens=8, **CASES[name])
+    assert new_tokens(tree) == expected, "a tree, whose branches each have a prefix of their own"
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -115,6 +115,7 @@ test_split: train
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_choice: [" 85", " 9", " the rest"]
+target_delimiter: ""
 doc_to_target: 0
 metric_list:
   - metric: acc
