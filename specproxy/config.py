@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 MAX_DRAFT_TOKENS = 63  # a window fits one 64-bit word
-DRAFTER_NAMES = ("expert", "lookup")
+DRAFTER_NAMES = ("expert", "lookup", "cascade", "assistant")
 
 
 def check_number(name: str, value: Any) -> float:

@@ -22,9 +22,9 @@ from specproxy.draft import ExpertDrafter
 from specproxy.errors import ConfigurationError, LogitsError, PromptError
 from specproxy.options import GenerationOptions
 from specproxy.policy import FixedWindow, WindowPolicy
-from specproxy.rows import check_ids, check_lengths, end_ids, make_row, pair_strengths
+from specproxy.rows import check_assistant, check_ids, check_lengths, end_ids, make_row, pair_strengths
 from specproxy.schedule import CONSTANT, AlphaSchedule
-from specproxy.state import BASE, DecodeState, Row
+from specproxy.state import ASSISTANT, BASE, DecodeState, Row
 from specproxy.stats import SpeculationStats
 from specproxy.suffix import LookupCorpus
 from specproxy.tree import TYPICAL_RANK_ACCEPTANCE, TreeShape
@@ -78,6 +78,8 @@ def generate(
     batch = len(prompts[BASE])
     least, most = options.budget(input_ids.shape[1])
     check_lengths(trio, prompts, most)
+    if options.speculation.drafter == ASSISTANT:
+        check_assistant(trio, prompts[BASE], most)
     if corpus is not None and not isinstance(corpus, LookupCorpus):
         raise ConfigurationError(f"corpus is a {type(corpus).__name__}; give a LookupCorpus.")
     if streamer is not None and not (hasattr(streamer, "put") or hasattr(streamer, "put_row")):
@@ -187,8 +189,8 @@ def _decode(
             step(state, runners, policy, stats)
             feed.advance()
         seconds: dict[str, float] = {}
-        for role, runner in runners.by_role.items():
-            name = role.rstrip("_0123456789")
+        for runner in runners.all_runners:
+            name = runner.role.rstrip("_0123456789")
             seconds[name] = seconds.get(name, 0.0) + runner.timer.total
     stats.token_sources = [row.sources for row in rows]
     total = perf_counter() - began

@@ -21,7 +21,7 @@ from specproxy.errors import ConfigurationError
 from specproxy.generate import GenerateOutput, generate
 from specproxy.options import parse_options
 from specproxy.schedule import AlphaSchedule
-from specproxy.state import ANTI_EXPERT, BASE, EXPERT
+from specproxy.state import ANTI_EXPERT, ASSISTANT, BASE, EXPERT
 from specproxy.suffix import LookupCorpus
 from specproxy.trio import Trio
 from specproxy_kernels import combine_logits
@@ -48,7 +48,8 @@ class ProxyTunedModel:
         alpha: proxy strength, any finite number; 0 is the base alone.
         further_pairs: (expert, anti_expert or None, alpha) of pairs beyond the first, each adding its own term; the
             first pair's expert drafts.
-        expert_tokenizer, anti_expert_tokenizer: where given, checked against `tokenizer`.
+        expert_tokenizer, anti_expert_tokenizer, assistant_tokenizer: where given, checked against `tokenizer`.
+        assistant: any further model of the same vocabulary, for `drafter="assistant"`; no part of the law.
 
     Raises:
         ConfigurationError: alpha is not finite.
@@ -76,6 +77,8 @@ class ProxyTunedModel:
         expert_tokenizer: Any = None,
         anti_expert_tokenizer: Any = None,
         further_pairs: Sequence[tuple[PreTrainedModel, PreTrainedModel | None, float]] = (),
+        assistant: PreTrainedModel | None = None,
+        assistant_tokenizer: Any = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.corpus: LookupCorpus | None = None  # what lookup may copy from beside a row's own text
@@ -84,9 +87,15 @@ class ProxyTunedModel:
             base,
             expert,
             anti_expert,
-            {BASE: tokenizer, EXPERT: expert_tokenizer, ANTI_EXPERT: anti_expert_tokenizer},
+            {
+                BASE: tokenizer,
+                EXPERT: expert_tokenizer,
+                ANTI_EXPERT: anti_expert_tokenizer,
+                ASSISTANT: assistant_tokenizer,
+            },
             alpha,
             further_pairs,
+            assistant,
         )
 
     @classmethod
@@ -231,7 +240,7 @@ class ProxyTunedModel:
 
     def to(self, device: str | torch.device) -> ProxyTunedModel:
         """Move all models, in place."""
-        for model in self._trio.models.values():
+        for model in self._trio.all_models:
             model.to(device)
         return self
 
@@ -317,8 +326,9 @@ class ProxyTunedModel:
             cuda_graphs: replay captured cycles instead of launching every kernel: the same tokens, sooner. None does so
                 where all models are on one CUDA device; caches and captures are then kept for the next call, and freed
                 by one with False.
-            drafter: who proposes: "expert", or "lookup", which copies from prompt, output and corpus at no cost. None
-                is the expert, and under "auto" whoever serves best. It changes no law.
+            drafter: who proposes: "expert"; "lookup", which copies from prompt, output and corpus at no cost;
+                "cascade", the expert's drafts with lookup's guesses to save it forwards; "assistant". None is the
+                expert, and under "auto" whoever serves best. It changes no law.
             corpus: texts beside each row's own that lookup may copy from; the model's `corpus` by default.
             seed: an int for the call, or one per row; then a row's tokens depend on its own seed alone.
             generator: where the rows' keys come from without a seed; torch's global generator by default.

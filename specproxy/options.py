@@ -71,7 +71,7 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "encoder_repetition_penalty": ("there is no encoder here; use repetition_penalty", (1, 1.0)),
     "encoder_no_repeat_ngram_size": ("there is no encoder here; use no_repeat_ngram_size", (0,)),
     "token_healing": ("token healing is not supported; end the prompt on a token boundary", (False,)),
-    "assistant_model": ("the expert drafts; use num_draft_tokens", ()),
+    "assistant_model": ('construct the model with assistant=... and use drafter="assistant" with num_draft_tokens', ()),
     "prompt_lookup_num_tokens": ('use drafter="lookup" with num_draft_tokens', ()),
     "assistant_early_exit": ("the expert drafts; use num_draft_tokens", ()),
     "past_key_values": ("every call builds its own ragged caches; give the whole prompt", ()),

@@ -13,12 +13,13 @@ from torch import Tensor
 from specproxy.config import check_alpha, check_integer
 from specproxy.errors import ConfigurationError, PromptError
 from specproxy.processors import LawOptions, row_law
+from specproxy.runner import position_limit
 from specproxy.schedule import CONSTANT, AlphaSchedule
 from specproxy.state import BASE, Row, StoppingCriterion
 from specproxy.suffix import LookupCorpus
 from specproxy.trio import Trio
 
-__all__ = ["check_ids", "check_lengths", "end_ids", "make_row", "pair_strengths"]
+__all__ = ["check_assistant", "check_ids", "check_lengths", "end_ids", "make_row", "pair_strengths"]
 
 
 def check_ids(trio: Trio, role: str, where: str, prompt: Sequence[int]) -> None:
@@ -96,6 +97,27 @@ def pair_strengths(trio: Trio, alpha: Any) -> tuple[float, ...]:
             f"alpha has {len(alpha)} values in a row for {len(defaults)} pairs; give one per pair."
         )
     return tuple(map(check_alpha, alpha))
+
+
+def check_assistant(trio: Trio, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Hold the base's prompts and the budget against the assistant, which reads them too.
+
+    Raises:
+        ConfigurationError: there is no assistant.
+        PromptError: it cannot read the prompts, or has too few positions.
+    """
+    if trio.assistant is None:
+        raise ConfigurationError('drafter="assistant" needs an assistant; construct the model with assistant=...')
+    size = int(trio.assistant.get_input_embeddings().weight.shape[0])
+    outside = next((token for prompt in prompts for token in prompt if token >= size), None)
+    if outside is not None:
+        raise PromptError(f"the prompt holds id {outside}, outside the assistant's vocabulary of {size}.")
+    limit, longest = position_limit(trio.assistant), max(map(len, prompts))
+    if limit is not None and longest + max_new_tokens > limit:
+        raise PromptError(
+            f"the prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceeds the assistant's {limit} "
+            "positions; use another drafter."
+        )
 
 
 def make_row(

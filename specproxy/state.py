@@ -27,9 +27,10 @@ from specproxy.tree import TreeShape
 from specproxy.warp import build_warp, needs_counts, needs_seen_tokens
 from specproxy_kernels import DraftLaw, NoiseStream, WarpParameters, pack_allowed_tokens
 
-__all__ = ["ANTI_EXPERT", "BASE", "EXPERT", "FINISHED", "DecodeState", "Draft", "Row"]
+__all__ = ["ANTI_EXPERT", "ASSISTANT", "BASE", "EXPERT", "FINISHED", "DecodeState", "Draft", "Row"]
 
 BASE, EXPERT, ANTI_EXPERT = "base", "expert", "anti_expert"
+ASSISTANT = "assistant"  # drafts alone: no part of the logit arithmetic
 FINISHED = ("stop", "length")  # ways for a row to end that its text is complete with
 
 # Per row in the warp, and known to the host alone until rows change.

@@ -17,12 +17,12 @@ from specproxy.attention import borrowed
 from specproxy.auto import AutoPolicy
 from specproxy.config import check_alpha
 from specproxy.costs import ForwardTime
-from specproxy.errors import ConfigurationError
+from specproxy.errors import ConfigurationError, VocabularyError
 from specproxy.graphs import Branches, Graphs, make_graphs
 from specproxy.nodes import Nodes
 from specproxy.packed_runner import PackedRunner
 from specproxy.runner import Runner, check_supported, logits_width, position_limit
-from specproxy.state import ANTI_EXPERT, BASE, EXPERT
+from specproxy.state import ANTI_EXPERT, ASSISTANT, BASE, EXPERT, Row
 from specproxy.tree import TreeShape
 from specproxy.vocab import share_vocabulary
 from specproxy_kernels import LogitPair
@@ -55,6 +55,7 @@ class TrioRunners:
         graphs: where given, device work is captured and replayed.
         overlaps: whether the small models' forwards over a window run beside the base's; on one CUDA device.
         adapters: of roles whose weights serve one with the adapter and one without, and whether the role is the former.
+        assistant: a model that drafts and nothing else. Its runner stands apart: its rows are not in step.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class TrioRunners:
         graphs: Graphs | None = None,
         overlaps: bool = False,
         adapters: Mapping[str, tuple[LoraSwitch, bool]] | None = None,
+        assistant: PreTrainedModel | None = None,
     ) -> None:
         adapters = adapters or {}
         self.pairs = pairs
@@ -85,6 +87,8 @@ class TrioRunners:
                 untuned, tuned = self.by_role[pair.anti_expert], self.by_role[pair.expert]
                 self.packed[pair.expert] = PackedRunner(untuned, tuned)
         self.base, self.expert = (self.by_role[role] for role in (BASE, EXPERT))
+        self.assistant = None if assistant is None else Runner(assistant, ASSISTANT, max_rows, graphs)
+        self.assistant_rows: list[Row] = []  # whose texts stand in its cache, by slot
         self.branches = Branches(self.base.device if overlaps and self.base.device.type == "cuda" else None)
         self.reserve(capacity)
 
@@ -122,6 +126,9 @@ class TrioRunners:
         for runner in self:
             runner.cache.empty(0, self.max_rows)
             runner.timer.rewind((0.0, []))
+        if self.assistant is not None:
+            self.assistant_rows = []
+            self.assistant.timer.rewind((0.0, []))
         self.reserve(capacity)
 
     @property
@@ -142,9 +149,14 @@ class TrioRunners:
     def __iter__(self) -> Iterator[Runner]:
         return iter(self.by_role.values())
 
+    @property
+    def all_runners(self) -> list[Runner]:
+        """Those of the trio, and the assistant's."""
+        return [*self, *([] if self.assistant is None else [self.assistant])]
+
     def take_forwards(self) -> tuple[ForwardTime, ...]:
         """What the forwards since the last call took."""
-        return tuple(forward for runner in self for forward in runner.timer.take())
+        return tuple(forward for runner in self.all_runners for forward in runner.timer.take())
 
 
 class Trio:
@@ -157,6 +169,7 @@ class Trio:
         alpha: strength of the pair.
         further_pairs: (expert, anti_expert or None, alpha) of pairs beyond the first; their roles are expert_2,
             anti_expert_2, ...
+        assistant: a further model that may draft; it is no part of the law.
 
     Raises:
         UnsupportedModelError: for an architecture that cannot run here.
@@ -171,6 +184,7 @@ class Trio:
         tokenizers: dict[str, Any],
         alpha: float = 1.0,
         further_pairs: Sequence[tuple[PreTrainedModel, PreTrainedModel | None, float]] = (),
+        assistant: PreTrainedModel | None = None,
     ) -> None:
         self.given: dict[str, Any] = {BASE: base}  # as the caller has them, peft models among them
         self.pairs: list[Pair] = []
@@ -191,7 +205,12 @@ class Trio:
         self.embedding_sizes = {
             role: int(model.get_input_embeddings().weight.shape[0]) for role, model in self.models.items()
         }
-        self.vocabulary = share_vocabulary(self.widths, tokenizers)
+        self.vocabulary = share_vocabulary(
+            self.widths, {role: own for role, own in tokenizers.items() if role != ASSISTANT}
+        )
+        self.assistant = assistant
+        if assistant is not None:
+            self._check_assistant(assistant, tokenizers)
         self.overlap = False  # whether captures run the small models beside the base: to be measured before it is on
         self._lock = Lock()
         self._policies: dict[bool, AutoPolicy] = {}  # that no call has now, by whether cycles are captured
@@ -235,6 +254,24 @@ class Trio:
         switch, is_tuned = self.adapters[role]
         with switch.borrowed(), switch.applied(EVERY_TOKEN if is_tuned else None):
             yield self.models[role]
+
+    def _check_assistant(self, assistant: PreTrainedModel, tokenizers: dict[str, Any]) -> None:
+        """It has to read and write every shared id; what may be generated does not depend on it."""
+        if is_adapted(assistant) or any(self.models[role] is assistant for role in self.adapters):
+            raise ConfigurationError("the assistant shares its weights with an adapter; load it once more, merged.")
+        check_supported(assistant, ASSISTANT)
+        width = logits_width(assistant)
+        both = {role: tokenizers.get(role) for role in (BASE, ASSISTANT)}
+        share_vocabulary({BASE: self.widths[BASE], ASSISTANT: width}, both)
+        if width < self.vocabulary.size:
+            raise VocabularyError(
+                f"the assistant has {width} ids, the trio shares {self.vocabulary.size}; use one of its family."
+            )
+
+    @property
+    def all_models(self) -> list[PreTrainedModel]:
+        """Those of the logit arithmetic, and the assistant."""
+        return [*self.models.values(), *([] if self.assistant is None else [self.assistant])]
 
     @property
     def device(self) -> torch.device:
@@ -286,11 +323,11 @@ class Trio:
         Raises:
             ConfigurationError: graphs are asked for and cannot be had.
         """
-        weights = [weight for model in self.models.values() for weight in model.parameters()]
+        weights = [weight for model in self.all_models for weight in model.parameters()]
         graphs = make_graphs({weight.device for weight in weights}, cuda_graphs)
         # A sharded or offloaded weight has no address; nor is it ever captured.
         addresses = [] if graphs is None else [weight.data_ptr() for weight in weights]
-        with borrowed(self.models.values()), self.switched():
+        with borrowed(self.all_models), self.switched():
             with self._lock:
                 spare, self._spare = self._spare, None
             if (
@@ -302,7 +339,9 @@ class Trio:
             ):
                 spare = None  # freed before new caches are made
                 overlaps = self.overlap and graphs is not None
-                runners = TrioRunners(self.models, self.pairs, max_rows, capacity, graphs, overlaps, self.adapters)
+                runners = TrioRunners(
+                    self.models, self.pairs, max_rows, capacity, graphs, overlaps, self.adapters, self.assistant
+                )
             else:
                 runners = spare[1]
                 runners.restart(capacity)

@@ -64,6 +64,7 @@ LAYERS = [
         "specproxy.draft.tree",
         "specproxy.verify",
     },
+    {"specproxy.draft.assistant", "specproxy.draft.cascade"},
     {"specproxy.draft", "specproxy.walk"},
     {"specproxy.accept"},
     {"specproxy.decode", "specproxy.rows"},

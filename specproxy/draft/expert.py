@@ -10,7 +10,7 @@ from specproxy.state import EXPERT, DecodeState, Draft
 from specproxy.trio import TrioRunners
 from specproxy_kernels import DraftLaw, NoiseStream, WarpParameters, combine_logits, sample_drafts
 
-__all__ = ["ExpertDrafter", "draw_draft"]
+__all__ = ["ExpertDrafter", "draw_draft", "join_draft", "no_draft"]
 
 
 class ExpertDrafter:
@@ -24,12 +24,12 @@ class ExpertDrafter:
 
 
 def _draw(state: DecodeState, runners: TrioRunners, noise: NoiseStream, count: int) -> Draft:
+    if count == 0:
+        return no_draft(state)
     parameters = state.warp(count + 1)
     drafts = torch.empty(state.width, 0, dtype=torch.long, device=state.device)
     # No row drafts past its own budget, so that its tokens do not depend on how long its neighbours go on.
     num_drafts = state.num_drafts(count)
-    if count == 0:
-        return Draft(drafts, num_drafts, None, None)
     # The coupled rule reads the bonus token's noise from the same purpose: draw it along.
     noise.expect(count + (state.rule == "coupled"))
     laws: list[DraftLaw] = []
@@ -40,20 +40,44 @@ def _draw(state: DecodeState, runners: TrioRunners, noise: NoiseStream, count: i
         token, law = draw_draft(state, raw[-1], parameters, drafts, noise)
         drafts = torch.cat([drafts, token], dim=1)
         laws.append(law)
+    draft = join_draft(state, drafts, num_drafts, laws, None)
+    assert draft.law is not None
+    # Without processors the law keeps the very logits that the model gave: no second copy.
+    draft.expert_logits = torch.cat(raw, dim=1) if state.has_processors else draft.law.logits
+    return draft
+
+
+def no_draft(state: DecodeState) -> Draft:
+    """The draft of a per-step cycle."""
+    nothing = torch.empty(state.width, 0, dtype=torch.long, device=state.device)
+    return Draft(nothing, state.num_drafts(0), None, None)
+
+
+def join_draft(
+    state: DecodeState, drafts: Tensor, num_drafts: Tensor, laws: list[DraftLaw], expert_logits: Tensor | None
+) -> Draft:
+    """A draft from what was drawn position by position.
+
+    Args:
+        state: the rows in flight.
+        drafts: int64 [B, G].
+        num_drafts: int64 [B].
+        laws: of each position.
+        expert_logits: as in `Draft`.
+    """
     tau = None if laws[0].tau is None else torch.cat([law.tau for law in laws if law.tau is not None], dim=1)
     joined = DraftLaw(torch.cat([law.logits for law in laws], dim=1), tau, torch.cat([law.lse for law in laws], dim=1))
-    expert_logits = torch.cat(raw, dim=1) if state.has_processors else joined.logits
     return Draft(drafts, num_drafts, joined, expert_logits)
 
 
 def draw_draft(
     state: DecodeState, logits: Tensor, parameters: WarpParameters, drafts: Tensor, noise: NoiseStream
 ) -> tuple[Tensor, DraftLaw]:
-    """Draw one draft of every row from the expert's law.
+    """Draw one draft of every row from a drafting model's law.
 
     Args:
         state: the rows in flight.
-        logits: the expert's raw logits [B, 1, V_expert] behind the drafts.
+        logits: the model's raw logits [B, 1, V_draft] behind the drafts.
         parameters: of the rows.
         drafts: int64 [B, i], of the window before this position.
         noise: of the cycle.

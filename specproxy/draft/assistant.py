@@ -1,0 +1,130 @@
+"""An assistant drafts: a further model of the same vocabulary, which is no part of the target's law.
+
+It reads what the base reads. Its cache follows nobody: it is brought up to date when the assistant drafts, by a window
+from each row's own cached length to its pending token, and that is also how a last draft that was accepted, and never
+read, gets in. One more forward a cycle past the last draft would spare the second token of such windows, and cost more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specproxy.draft.expert import draw_draft, join_draft, no_draft
+from specproxy.policy import Plan
+from specproxy.runner import Runner
+from specproxy.state import BASE, DecodeState, Draft, Row
+from specproxy.trio import TrioRunners
+from specproxy_kernels import DraftLaw, NoiseStream
+
+__all__ = ["AssistantDrafter"]
+
+_LONGEST_WINDOW = 64  # tokens; a longer delay is made up for as a prompt is read
+_PIECE = 2048
+
+
+@dataclass
+class _Reading:
+    """What the assistant's cache held of a row when it had drafted.
+
+    Args:
+        length: of the row's text, its pending token included.
+        drafts: int64 [B, G - 1], drafts that it read behind the text.
+        slot: the row's then.
+    """
+
+    length: int
+    drafts: Tensor
+    slot: int
+
+
+class AssistantDrafter:
+    """Draws from the assistant's warped law, step by step."""
+
+    name = "assistant"
+
+    def propose(self, state: DecodeState, runners: TrioRunners, noise: NoiseStream, plan: Plan) -> Draft:
+        """Draw `plan.num_drafts` tokens per row; see `Drafter`."""
+        count = plan.num_drafts
+        if count == 0:
+            return no_draft(state)
+        runner = runners.assistant
+        assert runner is not None, "there is no assistant"
+        parameters = state.warp(count + 1)
+        noise.expect(count + (state.rule == "coupled"))
+        _find_rows(state, runners, runner)
+        logits = _catch_up(state, runner).to(state.device)
+        drafts = torch.empty(state.width, 0, dtype=torch.long, device=state.device)
+        laws: list[DraftLaw] = []
+        for i in range(count):
+            if i:
+                logits = runner.forward(drafts[:, -1:], offset=i).to(state.device)
+            token, law = draw_draft(state, logits, parameters, drafts, noise)
+            drafts = torch.cat([drafts, token], dim=1)
+            laws.append(law)
+        for slot, row in enumerate(state.rows):
+            row.memory[self.name] = _Reading(_length(row), drafts[:, :-1], slot)
+        return join_draft(state, drafts, state.num_drafts(count), laws, None)
+
+
+def _length(row: Row) -> int:
+    return len(row.prompts[BASE]) + len(row.tokens)
+
+
+def _text(row: Row, first: int, last: int) -> list[int]:
+    """Tokens first .. last - 1 of what the base reads."""
+    prompt = row.prompts[BASE]
+    return prompt[first:last] + row.tokens[max(0, first - len(prompt)) : max(0, last - len(prompt))]
+
+
+def _find_rows(state: DecodeState, runners: TrioRunners, runner: Runner) -> None:
+    """Set every slot's cached length to what still holds of its row, which may have moved or be new."""
+    cache, owners = runner.cache, runners.assistant_rows
+    held: dict[int, int] = {}
+    for slot, owner in enumerate(owners):
+        reading: _Reading | None = owner.memory.get(AssistantDrafter.name)
+        if reading is None:
+            continue
+        kept = reading.length
+        following = owner.tokens[kept - len(owner.prompts[BASE]) :]
+        for draft, token in zip(reading.drafts[reading.slot].tolist(), following, strict=False):
+            if draft != token:
+                break
+            kept += 1
+        held[id(owner)] = slot
+        cache.set_lengths(slot, [min(kept, _length(owner) - 1)])
+    # Rows move to lower slots alone, so that none is overwritten before it has moved.
+    for slot, row in enumerate(state.rows):
+        source = held.get(id(row))
+        if source == slot:
+            continue
+        cache.clear(slot)
+        if source is None:
+            cache.set_lengths(slot, [0])
+        else:
+            cache.move(source, slot)
+    runners.assistant_rows = list(state.rows)
+
+
+def _catch_up(state: DecodeState, runner: Runner) -> Tensor:
+    """Read every row up to its pending token; returns the logits behind it, [B, 1, V], the lengths being before it."""
+    cache, count = runner.cache, len(state)
+    last = [_length(row) - 1 for row in state.rows]
+    while True:
+        lengths = cache.host_lengths[:count]
+        delay = max(end - length for end, length in zip(last, lengths, strict=True))
+        if delay < _LONGEST_WINDOW:
+            break
+        pieces = [
+            _text(row, length, min(end, length + _PIECE))
+            for row, end, length in zip(state.rows, last, lengths, strict=True)
+        ]
+        runner.extend(0, pieces)
+    windows = [_text(row, length, end + 1) for row, end, length in zip(state.rows, last, lengths, strict=True)]
+    tokens = torch.tensor([window + [0] * (delay + 1 - len(window)) for window in windows])
+    logits = runner.forward(tokens.to(state.device))
+    cache.set_lengths(0, last)
+    index = torch.tensor([len(window) - 1 for window in windows]).to(logits.device)
+    return logits[torch.arange(count, device=logits.device), index][:, None]
