@@ -49,7 +49,8 @@ def record(
             index = torch.arange(new.shape[1], device=scores.device)[None]
             scores = scores.double() + gumbel_noise(key, index, PURPOSE_TOKEN, model.vocab_size)
         own = scores.gather(-1, new[..., None])
-        recordings.append(Recording(tuple((scores > own).sum(-1)[0].tolist())))
+        ranks = (scores > own).sum(-1)[0]
+        recordings.append(Recording(tuple(ranks.tolist()), tuple(prompt), tuple(new[0].tolist())))
     return recordings
 
 

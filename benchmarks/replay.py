@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from specproxy.costs import ForwardTime
 from specproxy.policy import CycleReport, FixedWindow, Outlook, Plan, WindowPolicy
+from specproxy.tree import TYPICAL_RANK_ACCEPTANCE
 
 __all__ = ["Costs", "Recording", "Replay", "best_fixed", "replay", "synthetic_recording"]
 
@@ -25,9 +26,30 @@ class Recording:
     Args:
         ranks: for every token, how many of the expert's candidates at its place come before it; 0 is a draft that
             would be accepted.
+        prompt, tokens: ids, where they are known.
     """
 
     ranks: tuple[int, ...]
+    prompt: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+    def shortened(self, length: int) -> Recording:
+        """The same without its last tokens."""
+        return Recording(self.ranks[:length], self.prompt, self.tokens[:length])
+
+    def path(self, start: int, plan: Plan, most: int) -> tuple[int, ...]:
+        """Ranks of the drafts that survive from a place on, at most `most` of them, in a plan's chain or tree."""
+        if plan.tree is None:
+            return (0,) * self.run(start, most)
+        node, ranks = 0, []
+        while len(ranks) < most:
+            rank = self.ranks[start + len(ranks)]
+            child = next((child for child in plan.tree.children(node) if plan.tree.ranks[child] == rank), None)
+            if child is None:
+                break
+            node = child
+            ranks.append(rank)
+        return tuple(ranks)
 
     def run(self, start: int, most: int) -> int:
         """Drafts that survive from a place on, at most `most`."""
@@ -106,6 +128,7 @@ def replay(
     costs: Costs,
     noise: float = 0.0,
     seed: int = 0,
+    equality: bool = False,
 ) -> Replay:
     """Decode every text once, `batch` rows at a time; a row that ends makes room for the next text.
 
@@ -117,6 +140,7 @@ def replay(
         noise: standard deviation of a forward's time, relative; one in fifty then takes five times as long. What the
             policy is told is noisy; the clock of the result is not.
         seed: of that noise.
+        equality: whether the policy may draft trees.
     """
     rng = random.Random(seed)
     result = Replay()
@@ -128,14 +152,20 @@ def replay(
             flight[index] = (text, 0)
         remaining = {index: len(text.ranks) - place for index, (text, place) in flight.items()}
         useful = tuple(left - 1 for left in remaining.values())
-        plan = policy.plan(Outlook(tuple(flight), useful, max(useful)))
+        plan = policy.plan(Outlook(tuple(flight), useful, max(useful), equality))
         result.plans.append(plan)
         result.places.append({index: place for index, (_, place) in flight.items()})
         drafted = {index: min(plan.num_drafts, left - 1) for index, left in remaining.items()}
-        accepted = {index: text.run(place, drafted[index]) for index, (text, place) in flight.items()}
+        paths = {index: text.path(place, plan, drafted[index]) for index, (text, place) in flight.items()}
+        accepted = {index: len(path) for index, path in paths.items()}
         reached = costs.bonus_always or any(accepted[index] == drafted[index] for index in flight)
-        rows, width = len(flight), plan.num_drafts + 1
-        work = [("expert", 1)] * max(1, plan.num_drafts + reached * (plan.num_drafts > 0))
+        rows, width = len(flight), plan.window
+        steps = [("expert", 1)] * max(1, plan.num_drafts)
+        if plan.tree is not None:
+            levels = plan.tree.levels if costs.bonus_always else plan.tree.expanded
+            steps = [("expert", len(level)) for level in levels if level]
+            reached = reached and not costs.bonus_always
+        work = steps + [("expert", 1)] * (reached and plan.num_drafts > 0)
         work += [("anti_expert", width), ("base", width)]
         exact = [ForwardTime(role, rows, size, costs.forward(role, rows, size)) for role, size in work]
         told = [forward._replace(seconds=forward.seconds * _spike(rng, noise)) for forward in exact]
@@ -148,6 +178,7 @@ def replay(
             tuple(accepted.values()),
             tuple(told),
             own + sum(forward.seconds for forward in told),
+            ranks=() if plan.tree is None else tuple(paths.values()),
             heard=heard,
         )
         policy.observe(report)
@@ -175,11 +206,17 @@ def best_fixed(texts: Sequence[Recording], batch: int, costs: Costs, counts: Seq
 
 
 def synthetic_recording(levels: Sequence[tuple[float, int]], seed: int) -> Recording:
-    """A text whose drafts survive independently.
+    """A text whose drafts survive independently; where the best guess fails, the others fare as they typically do.
 
     Args:
         levels: (acceptance, tokens), one stretch after another.
         seed: of the draws.
     """
     rng = random.Random(seed)
-    return Recording(tuple(int(rng.random() >= rate) for rate, length in levels for _ in range(length)))
+    others = [*TYPICAL_RANK_ACCEPTANCE[1:], 1 - sum(TYPICAL_RANK_ACCEPTANCE)]  # the last is no guess at all
+    ranks = [
+        0 if rng.random() < rate else rng.choices(range(1, len(others) + 1), others)[0]
+        for rate, length in levels
+        for _ in range(length)
+    ]
+    return Recording(tuple(rank if rank < len(others) else 10_000 for rank in ranks))

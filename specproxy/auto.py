@@ -1,20 +1,18 @@
-"""The policy that learns: who drafts and how many tokens, for the most expected tokens a second.
+"""The policy that learns: who drafts, how many tokens or what tree, for the most expected tokens a second.
 
-Over the rows in flight, with S_r(i) the estimated probability that the first i drafts of row r all survive and T(G) the
-estimated time of a cycle, it maximises over G
+Over the rows in flight, with S_r(i) the estimated probability that the first i drafts of row r all survive
+(`specproxy.forecast`) and T the estimated time of a cycle (`specproxy.cycle_times`), it maximises
 
     sum over r of (1 + S_r(1) + ... + S_r(G))  /  T(G)
 
-    T(G)  =  G e + (1 - product over r of (1 - S_r(G))) e + b(G + 1) + o(G + 1)
-
-where e is an expert step, b(W) the windows of all other models and o(W) the loop's own time: all of them measured
-(`specproxy.costs`), as S is (`specproxy.forecast`). Where forwards cannot be timed one by one, or overlap, T(G) itself
-is what is measured.
+over drafters and G, down to G = 0, which is per-step decoding, and where equality decides over token trees as well,
+whose further nodes add the chance that the target's token is the expert's second guess, its third, ...
 
 A batch has one window: rows with a shorter one of their own would save nothing, since its forwards run over all rows.
 
 While nothing is drafted, acceptance is heard all the same: such a cycle has the expert's logits at its position anyway,
-so every few of them a plan `listens`: it asks whether the expert's draft there would have been accepted.
+so every few of them a plan `listens`: it asks whether the expert's draft there would have been accepted. What lookup
+offers is compared with the text that came, whoever drafted it, so that lookup is known without being tried.
 
 Source: Leviathan et al. 2023, arXiv 2211.17192, section 3.3, with measured acceptance by row and position in place of a
 constant, and the costs of proxy-tuning's cycle.
@@ -22,35 +20,45 @@ constant, and the costs of proxy-tuning's cycle.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from specproxy.costs import CostTable
-from specproxy.forecast import Forecast
+from specproxy.cycle_times import CycleTimes
+from specproxy.forecast import Forecast, RankForecast
 from specproxy.policy import CycleReport, Outlook, Plan
+from specproxy.tree import TYPICAL_RANK_ACCEPTANCE, TreeShape
 
 __all__ = ["AutoPolicy"]
 
-_EXPERT = "expert"
+_EXPERT, _LOOKUP = "expert", "lookup"
 #: Numbers of drafts considered: each is a capture of its own where cycles are captured, and neighbours differ little.
 _COUNTS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+_MOST = _COUNTS[-1]
+#: Trees considered, as drafted nodes and depth, shaped for the nearest of a few acceptances.
+_TREES = ((2, 1), (4, 2), (6, 3), (10, 4), (16, 5), (24, 7), (40, 9))
+_LEVELS = (0.3, 0.45, 0.6, 0.75, 0.9)
 _FIRST = (4, 0, 4)  # drafts of the first cycles: two widths make a line, and a first cycle is often a slow one
 _STALE = 16, 128  # cycles after which drafting, or per-step, is measured once more: at first, and in the end
 _GAIN = 0.02  # by which a window must promise more than the present one; per-step needs none
+_GAIN_OF_CAPTURE = 0.1  # by which a plan that has yet to be captured must promise more than one that has been
 _LISTEN_EVERY = 2  # per-step cycles
-_BEST_DRAFTING = -1  # stands for the best number of drafts above none
-_REFRESH_EVERY = 8  # cycles after which estimated times are made anew
+_MATCHES = (4, 8)  # lengths of match from which lookup's offers count as better ones
 
 
-@dataclass
-class _Choice:
-    """Times of the cycles of one drafter, for one number of rows, by number of drafts."""
+@dataclass(frozen=True)
+class _Option:
+    """A plan, with what it promises for a cycle of all rows."""
 
-    seconds: Any  # float64 [n], without the expert's step at the bonus position
-    bonus: float  # seconds of that step, where it runs only when reached
+    plan: Plan
+    tokens: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
 
 
 class AutoPolicy:
@@ -59,134 +67,169 @@ class AutoPolicy:
     It can serve one call after another: what it knows of times and of acceptance over all rows stays.
 
     Args:
-        most: largest number of drafts considered.
+        drafters: who may draft, by name.
+        trees: whether the expert may draft trees, where equality decides.
+        captured: whether cycles are captured: then a plan has to be worth its capture before it is made.
     """
 
-    def __init__(self, most: int = _COUNTS[-1]) -> None:
-        self._costs = CostTable()
-        self._expert = Forecast(most)
-        self._scorers: set[str] = set()  # roles that run once a cycle, over the whole window
-        self._overlaps = False  # whether forwards cannot be told apart by their times
-        self._bonus_always = False  # whether the bonus step runs without being reached
-        self._bonus_is_shared = False  # whether the expert's last position is part of another model's forward
-        self._choices: dict[int, _Choice] = {}
-        self._age = 0
-        self._counts = np.array([count for count in _COUNTS if count <= most])
-        self._present = _FIRST[0]
+    def __init__(
+        self, drafters: tuple[str, ...] = (_EXPERT, _LOOKUP), trees: bool = True, captured: bool = False
+    ) -> None:
+        self._drafters = drafters
+        self._captured = captured
+        self._run: set[Plan] = set()  # plans that have been made
+        self._has_trees = trees and _EXPERT in drafters
+        self._times = CycleTimes(_COUNTS)
+        self._forecasts = {name: Forecast(_MOST) for name in {_EXPERT, *drafters}}
+        self._ranks = RankForecast(len(TYPICAL_RANK_ACCEPTANCE))
+        self._present: Plan | None = None
         self._cycles = 0
         self._stale = _STALE[0]
         self._with_drafts = self._without_drafts = 0  # cycles since one of the other kind
 
+    @property
+    def offers_wanted(self) -> int:
+        """See `WindowPolicy`."""
+        return _MOST if _LOOKUP in self._drafters else 0
+
     def start(self) -> None:
         """Begin another call: its rows are new ones."""
-        self._expert.keep(())
+        for name, forecast in self._forecasts.items():
+            if name != _LOOKUP:
+                forecast.keep(())
 
     def plan(self, outlook: Outlook) -> Plan:
-        """The window with the most expected tokens a second."""
-        choice = self._choice(len(outlook.rows))
-        counts = self._counts[self._counts <= outlook.most]
-        if choice is None:
-            return self._count_plan(min(_FIRST[0], outlook.most), None)
-        survival = self._expert.survival(outlook.rows)  # [rows, positions]
-        limits = np.array(outlook.useful)[:, None]
-        useful = np.where(np.arange(survival.shape[1]) < limits, survival, 0)
-        tokens = np.concatenate([[0.0], useful.sum(0).cumsum()])[counts] + len(outlook.rows)
-        reached = np.concatenate([[0.0], 1 - (1 - survival).prod(0)])[counts]  # a per-step cycle has no further step
-        seconds = choice.seconds[: len(counts)] + reached * choice.bonus
-        rates = tokens / seconds
-        due = self._due()
-        if due is None:
-            best = self._settle(counts, rates)
-            self._present = int(counts[best])
-        elif due == _BEST_DRAFTING and len(counts) > 1:
-            best = int(rates[1:].argmax()) + 1
-        else:
-            best = int(np.searchsorted(counts, due, side="right")) - 1
-        return self._count_plan(int(counts[best]), (float(tokens[best]), float(seconds[best])))
+        """The cycle with the most expected tokens a second."""
+        per_step = self._times.chain(_EXPERT, len(outlook.rows))
+        if per_step is None:
+            return Plan(min(_FIRST[min(self._cycles, 1)], outlook.most), self._drafters[0])
+        idle = _Option(Plan(0), float(len(outlook.rows)), float(per_step.seconds[0]))
+        options = [idle]
+        for drafter in self._drafters:
+            options += self._chains(drafter, outlook)
+        best = self._due(options, outlook) or self._settle(options)
+        listens = best.plan.num_drafts == 0 and _EXPERT in self._drafters and self._without_drafts % _LISTEN_EVERY == 0
+        plan = best.plan
+        return Plan(plan.num_drafts, plan.drafter, plan.tree, listens, expected=(best.tokens, best.seconds))
 
-    def _due(self) -> int | None:
-        """Drafts of a cycle that is run to be measured; None where there is no need."""
+    def _chains(self, drafter: str, outlook: Outlook) -> list[_Option]:
+        """The best chain of a drafter beside the present one, and with the expert the best tree; both may be none."""
+        times = self._times.chain(drafter, len(outlook.rows))
+        assert times is not None
+        limits = np.array(outlook.useful)
+        keys: tuple[Any, ...] = outlook.rows
+        if drafter == _LOOKUP:
+            if len(outlook.offers) != len(outlook.rows):
+                return []
+            keys = tuple(_match_class(offer.length) for offer in outlook.offers)
+            limits = np.minimum(limits, [offer.num_tokens for offer in outlook.offers])
+        survival = self._forecasts[drafter].survival(keys)  # [rows, positions]
+        useful = np.where(np.arange(_MOST) < limits[:, None], survival, 0)
+        # A window holds no more than the longest offer or budget, and no more than there is room for.
+        most = min(outlook.most, max(int(limits.max(initial=0)), 0))
+        counts = np.array(_COUNTS)
+        counts = counts[(counts > 0) & (counts <= most)]
+        if len(counts) == 0:
+            return []
+        tokens = useful.sum(0).cumsum()[counts - 1] + len(outlook.rows)
+        reached = 1 - (1 - survival).prod(0)
+        places = np.searchsorted(_COUNTS, counts)
+        seconds = times.seconds[places] + reached[counts - 1] * times.bonus
+        chosen = {int((tokens / seconds).argmax())}
+        if self._present is not None and self._present.drafter == drafter and self._present.tree is None:
+            chosen |= set(np.flatnonzero(counts == self._present.num_drafts).tolist())
+        options = [_Option(Plan(int(counts[i]), drafter), float(tokens[i]), float(seconds[i])) for i in sorted(chosen)]
+        if drafter == _EXPERT and self._has_trees and outlook.equality:
+            options += self._trees(outlook, survival, useful, reached, times.bonus)
+        return options
+
+    def _trees(self, outlook: Outlook, survival: Any, useful: Any, reached: Any, bonus: float) -> list[_Option]:
+        """The best tree, and the present one where it is another."""
+        first = survival[:, 0]
+        options: list[_Option] = []
+        shapes = _shapes(float(min(_LEVELS, key=lambda level: abs(level - first.mean()))))
+        if self._present is not None and self._present.tree is not None:
+            shapes = (*shapes, self._present.tree)
+        for shape in shapes:
+            if shape.depth > outlook.most:
+                continue
+            seconds = self._times.tree(shape, len(outlook.rows))
+            assert seconds is not None
+            grid, gains = self._ranks.gains(shape)
+            gain = np.interp(first, grid, gains)
+            gain = np.where(np.array(outlook.useful) >= shape.depth, gain, 0)  # what a budget cuts off is no gain
+            tokens = len(outlook.rows) + useful[:, : shape.depth].sum() + gain.sum()
+            seconds += bonus * reached[shape.depth - 1]
+            options.append(_Option(Plan(shape.depth, _EXPERT, shape), float(tokens), float(seconds)))
+        present = [option for option in options if option.plan == self._present]
+        return [max(options, key=lambda option: option.rate), *present] if options else []
+
+    def _due(self, options: list[_Option], outlook: Outlook) -> _Option | None:
+        """A cycle that is run to be measured; None where there is no need."""
+        idle, *drafting = options
         if self._cycles < len(_FIRST):
-            return _FIRST[self._cycles]
+            count = min(_FIRST[self._cycles], outlook.most)
+            times = self._times.chain(self._drafters[0], len(outlook.rows))
+            assert times is not None
+            tokens = len(outlook.rows) + self._forecasts[self._drafters[0]].survival(outlook.rows)[:, :count].sum()
+            seconds = float(times.seconds[_COUNTS.index(count)])
+            return _Option(Plan(count, self._drafters[0]), float(tokens), seconds) if count else idle
         if max(self._with_drafts, self._without_drafts) < self._stale:
             return None
         self._stale = min(2 * self._stale, _STALE[1])
-        return 0 if self._with_drafts else _BEST_DRAFTING
+        if self._with_drafts or not drafting:
+            return idle
+        return max(drafting, key=lambda option: option.rate)
 
-    def _count_plan(self, count: int, expected: tuple[float, float] | None) -> Plan:
-        listens = count == 0 and self._without_drafts % _LISTEN_EVERY == 0
-        return Plan(count, listens=listens, expected=expected)
+    def _settle(self, options: list[_Option]) -> _Option:
+        """The best option, or the present one where it is not enough worse to leave it."""
+        best = max(options, key=self._worth)
+        present = next((option for option in options if option.plan == self._present), None)
+        if present is not None and best.plan.num_drafts and self._worth(best) <= present.rate * (1 + _GAIN):
+            best = present
+        self._present = best.plan
+        return best
 
-    def _settle(self, counts: Any, rates: Any) -> int:
-        """Index of the best count, or of the present one where it is not enough worse to leave it."""
-        best = int(rates.argmax())
-        present = int(np.searchsorted(counts, self._present))
-        if present == len(counts) or counts[present] != self._present or counts[best] == 0:
-            return best
-        return best if rates[best] > rates[present] * (1 + _GAIN) else present
-
-    def _choice(self, rows: int) -> _Choice | None:
-        """Estimated times for so many rows; None before anything was measured."""
-        choice = self._choices.get(rows)
-        if choice is not None:
-            return choice
-        counts = self._counts
-        whole = [self._costs.seconds("cycle", rows, count + 1) for count in counts.tolist()]
-        if whole[0] is None:
-            return None
-        step = self._costs.seconds(_EXPERT, rows, 1)
-        if self._overlaps or step is None:
-            choice = _Choice(np.array(whole), 0.0)
-        else:
-            steps = counts if self._bonus_is_shared else np.maximum(counts + self._bonus_always, 1)
-            seconds = steps * step + [self._windows(rows, count + 1) for count in counts.tolist()]
-            choice = _Choice(seconds, 0.0 if self._bonus_always or self._bonus_is_shared else step)
-        # A wider window is never cheaper, which shows a single spike for what it is.
-        choice.seconds = np.minimum.accumulate(choice.seconds[::-1])[::-1]
-        self._choices[rows] = choice
-        return choice
-
-    def _windows(self, rows: int, width: int) -> float:
-        """Seconds of all models that score a window, and of the loop itself."""
-        parts = [self._costs.seconds(role, rows, width) for role in ("own", *self._scorers)]
-        return sum(part for part in parts if part is not None)
+    def _worth(self, option: _Option) -> float:
+        """The option's rate, less where its cycle has yet to be captured."""
+        is_new = self._captured and option.plan.num_drafts and option.plan not in self._run
+        return option.rate / (1 + _GAIN_OF_CAPTURE * is_new)
 
     def observe(self, report: CycleReport) -> None:
         """Take a cycle's acceptance and times into account."""
-        rows, width = len(report.rows), report.plan.num_drafts + 1
-        if report.plan.num_drafts:
+        plan = report.plan
+        self._run.add(plan)
+        self._times.hear(report)
+        if plan.tree is not None:
+            # What a chain would have had: the leading best guesses.
+            accepted = [next((i for i, rank in enumerate(path) if rank), len(path)) for path in report.ranks]
+            self._forecasts[_EXPERT].hear(zip(report.rows, report.num_drafts, accepted, strict=True))
+            self._ranks.hear(plan.tree, report.ranks, report.num_drafts)
+        elif plan.num_drafts and plan.drafter != _LOOKUP:
             fates = zip(report.rows, report.num_drafts, report.num_accepted, strict=True)
-            self._expert.hear(fates)
+            self._forecasts[plan.drafter].hear(fates)
         elif report.heard:
-            self._expert.hear([(row, 1, int(heard)) for row, heard in zip(report.rows, report.heard, strict=True)])
-        is_new = self._costs.add("cycle", rows, width, report.seconds)
-        in_forwards = sum(forward.seconds for forward in report.forwards)
-        self._overlaps |= in_forwards > report.seconds
-        steps = 0
-        for role, count, forward_width, seconds in report.forwards:
-            is_new |= self._costs.add(role, count, forward_width, seconds)
-            if role == _EXPERT:
-                steps += 1
-            else:
-                self._scorers.add(role)
-        if report.forwards:
-            is_new |= self._costs.add("own", rows, width, max(0.0, report.seconds - in_forwards))
-        reached = any(kept == count for kept, count in zip(report.num_accepted, report.num_drafts, strict=True))
-        if report.plan.num_drafts and steps > report.plan.num_drafts and not reached:
-            self._bonus_always = True
-        is_chain = report.plan.drafter == _EXPERT and report.plan.tree is None
-        if report.forwards and is_chain and reached and steps <= report.plan.num_drafts:
-            self._bonus_is_shared = True
+            fates_heard = [(row, 1, int(heard)) for row, heard in zip(report.rows, report.heard, strict=True)]
+            self._forecasts[_EXPERT].hear(fates_heard)
+        if report.matched and _LOOKUP in self._forecasts:
+            matched = [(_match_class(match.length), match.tested, match.agreed) for match in report.matched]
+            self._forecasts[_LOOKUP].hear(matched)
         self._cycles += 1
-        drafted = report.plan.num_drafts > 0
-        self._with_drafts = self._with_drafts + 1 if drafted else 0
-        self._without_drafts = 0 if drafted else self._without_drafts + 1
-        self._age += 1
-        if is_new or self._age >= _REFRESH_EVERY:
-            self._age = 0
-            self._choices.clear()
-        self._forget(report.rows)
+        self._with_drafts = self._with_drafts + 1 if plan.num_drafts else 0
+        self._without_drafts = 0 if plan.num_drafts else self._without_drafts + 1
+        for name, forecast in self._forecasts.items():
+            if name != _LOOKUP and forecast.num_rows > 2 * len(report.rows) + 64:
+                forecast.keep(report.rows)
 
-    def _forget(self, rows: tuple[Hashable, ...]) -> None:
-        if self._expert.num_rows > 2 * len(rows) + 64:
-            self._expert.keep(rows)
+
+def _match_class(length: int) -> int:
+    """Offers behind longer matches fare better: rows are told apart by that alone."""
+    return sum(length >= least for least in _MATCHES)
+
+
+@functools.cache
+def _shapes(level: float) -> tuple[TreeShape, ...]:
+    """Trees for an acceptance of the best guess; the other ranks share what is left as they typically do."""
+    first, *others = TYPICAL_RANK_ACCEPTANCE
+    ranks = (level, *(other * (1 - level) / (1 - first) for other in others))
+    return tuple(TreeShape.best_tree(ranks, nodes, depth) for nodes, depth in _TREES)

@@ -83,7 +83,7 @@ def step(
     )
     policy.observe(report)
     emitted = stats.num_new_tokens - tokens_before
-    stats.record_cycle(plan.drafter, plan.num_drafts, plan.expected, (emitted, report.seconds))
+    stats.record_cycle(drafter_of(plan).name, plan.window - 1, plan.expected, (emitted, report.seconds))
     return rows
 
 
@@ -112,7 +112,7 @@ def _plan(state: DecodeState, runners: TrioRunners, policy: WindowPolicy) -> Pla
     most = max(row.remaining for row in state.rows) if runners.graphs is None else MAX_DRAFT_TOKENS + 1
     rows = tuple(row.index for row in state.rows)
     useful = tuple(min(row.remaining - 1, row.max_draft_tokens) for row in state.rows)
-    return policy.plan(Outlook(rows, useful, max(0, most - 1)))
+    return policy.plan(Outlook(rows, useful, max(0, most - 1), state.equality_decides))
 
 
 def _run(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:

@@ -8,17 +8,23 @@ position i are the row's odds times those of position i over all rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable
+import functools
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Forecast"]
+from specproxy.tree import TYPICAL_RANK_ACCEPTANCE, TreeShape
+
+__all__ = ["Forecast", "RankForecast"]
 
 _RECENT, _LONG = 0.9, 0.98  # what a trial leaves of the row's earlier ones
 _POOL = 0.98  # what a cycle leaves of the earlier ones over all rows
 _PRIOR = 0.7, 2.0  # acceptance, and the trials that it counts for
 _POOL_WEIGHT, _LONG_WEIGHT, _POSITION_WEIGHT = 4.0, 3.0, 12.0  # trials that each coarser estimate counts for
+_RANK_WEIGHT = 20.0  # trials that a typical share of a rank counts for
+_GAINS_EVERY = 32  # cycles with trees after which their worth is reckoned anew
+_GRID = np.linspace(0, 1, 21)
 _LEAST, _GREATEST = 0.005, 0.995
 
 
@@ -112,3 +118,76 @@ class Forecast:
     def keep(self, keys: Collection[Hashable]) -> None:
         """Forget all rows but these; what they have taught about all rows stays."""
         self._past = {key: past for key, past in self._past.items() if key in keys}
+
+
+class RankForecast:
+    """Which guess is right where the best one is not: over all rows, from the paths that trees have taken.
+
+    Args:
+        ranks: guesses considered.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        left, shares = 1.0, []
+        for chance in TYPICAL_RANK_ACCEPTANCE[:ranks]:
+            shares.append(chance / left)
+            left -= chance
+        self._prior = np.array(shares)  # probability of each rank, given that none before it was right
+        self._trials = np.zeros(ranks)
+        self._right = np.zeros(ranks)
+        self._gains: dict[TreeShape, Any] = {}
+        self._age = 0
+
+    def hear(self, tree: TreeShape, paths: Sequence[Sequence[int]], depths: Sequence[int]) -> None:
+        """Take one cycle's walks into account.
+
+        Args:
+            tree: that was drafted.
+            paths: of each row, the ranks of its accepted drafts.
+            depths: of each row, the drafts that it had room for.
+        """
+        self._trials *= _POOL
+        self._right *= _POOL
+        guesses = _guesses(tree)
+        for path, depth in zip(paths, depths, strict=True):
+            node = 0
+            for level in range(min(len(path) + 1, depth)):
+                children = guesses[node]
+                rank = path[level] if level < len(path) else None
+                for tried in children:
+                    if tried < len(self._trials) and (rank is None or tried <= rank):
+                        self._trials[tried] += 1
+                        self._right[tried] += tried == rank
+                if rank is None:
+                    break
+                node = children[rank]
+        self._age += 1
+        if self._age % _GAINS_EVERY == 0:
+            self._gains.clear()
+
+    def gains(self, tree: TreeShape) -> tuple[Any, Any]:
+        """Tokens that a tree gives beyond the chain of its depth, by the acceptance of the best guess.
+
+        Returns:
+            The acceptances, ascending, and the gain at each.
+        """
+        gains = self._gains.get(tree)
+        if gains is None:
+            shares = (self._right + _RANK_WEIGHT * self._prior) / (self._trials + _RANK_WEIGHT)
+            left, chances = 1 - _GRID, [_GRID]
+            for share in shares[1:]:
+                chances.append(left * share)
+                left = left * (1 - share)
+            nothing = np.zeros_like(_GRID)
+            reached = [np.ones_like(_GRID)]
+            for parent, rank in zip(tree.parents[1:], tree.ranks[1:], strict=True):
+                reached.append(reached[parent] * (chances[rank] if rank < len(chances) else nothing))
+            chain = sum(_GRID**depth for depth in range(1, tree.depth + 1))
+            gains = self._gains[tree] = sum(reached[1:], nothing) - chain
+        return _GRID, gains
+
+
+@functools.cache
+def _guesses(tree: TreeShape) -> tuple[dict[int, int], ...]:
+    """Of every node, its children by their rank."""
+    return tuple({tree.ranks[child]: child for child in tree.children(node)} for node in range(len(tree)))

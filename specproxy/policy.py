@@ -8,12 +8,12 @@ policy that learns.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from specproxy.costs import ForwardTime
 from specproxy.tree import TreeShape
 
-__all__ = ["CycleReport", "FixedWindow", "Outlook", "Plan", "WindowPolicy"]
+__all__ = ["CycleReport", "FixedWindow", "Match", "Offer", "Outlook", "Plan", "WindowPolicy"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,21 @@ class Plan:
         return self.num_drafts + 1 if self.tree is None else len(self.tree)
 
 
+class Offer(NamedTuple):
+    """What lookup has for a row: the length of its match in the committed text, and how many tokens follow it there."""
+
+    length: int
+    num_tokens: int
+
+
+class Match(NamedTuple):
+    """An offer and the text that came: the length of its match, how many tokens could be compared, how many agreed."""
+
+    length: int
+    tested: int
+    agreed: int
+
+
 @dataclass(frozen=True)
 class Outlook:
     """What a plan is made for.
@@ -52,11 +67,15 @@ class Outlook:
         rows: in flight, by their `index`.
         useful: drafts of each that it can make use of, within its budget and its own limit; may be negative.
         most: drafts that there is room for.
+        equality: whether equality decides about the drafts of every row, so that trees may be drafted.
+        offers: lookup's for each row, where the policy wants them.
     """
 
     rows: tuple[int, ...]
     useful: tuple[int, ...]
     most: int
+    equality: bool = False
+    offers: tuple[Offer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,7 @@ class CycleReport:
         ranks: with a tree, the ranks of the accepted drafts of each row, by depth: a path in the plan's tree. Behind
             it the target's token was no guess of the node there, if that node has any and the row's budget left more.
         heard: where the plan listens, for each row whether the expert's draft would have been accepted.
+        matched: where there were offers, how each fared against the text that came.
     """
 
     plan: Plan
@@ -83,10 +103,16 @@ class CycleReport:
     seconds: float
     ranks: tuple[tuple[int, ...], ...] = ()
     heard: tuple[bool, ...] = ()
+    matched: tuple[Match, ...] = ()
 
 
 class WindowPolicy(Protocol):
     """Makes a plan before a cycle and hears of it afterwards."""
+
+    @property
+    def offers_wanted(self) -> int:
+        """Tokens of lookup's offers, per row, that plans are made from; 0 spares the search."""
+        ...
 
     def plan(self, outlook: Outlook) -> Plan:
         """The next cycle, with at most `outlook.most` drafts a row."""
@@ -105,6 +131,8 @@ class FixedWindow:
         drafter: who proposes them.
         tree: drafted in place of a chain; `count` is then its depth.
     """
+
+    offers_wanted = 0
 
     def __init__(self, count: int, drafter: str = "expert", tree: TreeShape | None = None) -> None:
         self._plan = Plan(count, drafter, tree)

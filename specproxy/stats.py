@@ -38,7 +38,8 @@ class SpeculationStats:
         num_empty_residuals: refusals whose residual had no mass (rounding) and fell back to the target law.
         accepted_per_position: how often the draft at each window position became output.
         drafted_per_position: how often a draft at each window position was verified.
-        windows: how many cycles had each number of drafts, by drafter; a cycle counts once, whatever its rows.
+        windows: how many cycles had each number of drafts, by drafter; under "tree" each number of drafted nodes. A
+            cycle counts once, whatever its rows.
         num_per_step_cycles: cycles without drafts.
         expected: what the policy predicted, "tokens" and "seconds", over the cycles for which it did.
         realised: what those cycles gave and took.
@@ -123,7 +124,7 @@ class SpeculationStats:
 
         Args:
             drafter: who drafted.
-            num_drafts: planned, of a row at most.
+            num_drafts: planned, of a row at most; of a tree its nodes.
             expected: tokens of all rows and seconds, as the policy predicted them; None where it did not.
             realised: the same as they came.
         """

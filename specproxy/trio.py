@@ -304,7 +304,7 @@ class Trio:
             captured: whether cycles are captured, which changes what they cost.
         """
         with self._lock:
-            policy = self._policies.pop(captured, None) or AutoPolicy()
+            policy = self._policies.pop(captured, None) or AutoPolicy(captured=captured)
         policy.start()
         yield policy
         self._policies[captured] = policy

@@ -391,7 +391,7 @@ def _serving(shared: _Shared) -> Iterator[Scheduler]:
             trio,
             runners,
             shared.queue,
-            policy=AutoPolicy() if speculation.num_draft_tokens == "auto" else None,
+            policy=AutoPolicy(captured=runners.graphs is not None) if speculation.num_draft_tokens == "auto" else None,
             rule=speculation.acceptance,
             max_batch_size=count,
             staging=staging,

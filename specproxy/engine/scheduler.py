@@ -97,6 +97,11 @@ class _Windows:
     def __init__(self, policy: WindowPolicy | None, counts: Counts, rows: DecodeState) -> None:
         self._policy, self._counts, self._rows = policy, counts, rows
 
+    @property
+    def offers_wanted(self) -> int:
+        """See `WindowPolicy`."""
+        return 0 if self._policy is None else self._policy.offers_wanted
+
     def plan(self, outlook: Outlook) -> Plan:
         """See `WindowPolicy`."""
         most = min(outlook.most, max(row.max_draft_tokens for row in self._rows.rows))
