@@ -31,9 +31,11 @@ from specproxy.forecast import Forecast, RankForecast
 from specproxy.policy import CycleReport, Outlook, Plan
 from specproxy.tree import TYPICAL_RANK_ACCEPTANCE, TreeShape
 
-__all__ = ["AutoPolicy"]
+__all__ = ["AUTO_DRAFTERS", "AutoPolicy"]
 
 _EXPERT, _LOOKUP = "expert", "lookup"
+#: Who may draft, where nobody is named.
+AUTO_DRAFTERS = (_EXPERT, _LOOKUP)
 #: Numbers of drafts considered: each is a capture of its own where cycles are captured, and neighbours differ little.
 _COUNTS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 _MOST = _COUNTS[-1]
@@ -41,10 +43,13 @@ _MOST = _COUNTS[-1]
 _TREES = ((2, 1), (4, 2), (6, 3), (10, 4), (16, 5), (24, 7), (40, 9))
 _LEVELS = (0.3, 0.45, 0.6, 0.75, 0.9)
 _FIRST = (4, 0, 4)  # drafts of the first cycles: two widths make a line, and a first cycle is often a slow one
-_STALE = 16, 128  # cycles after which drafting, or per-step, is measured once more: at first, and in the end
-_GAIN = 0.02  # by which a window must promise more than the present one; per-step needs none
+_STALE = 32, 128  # cycles after which drafting, or per-step, is measured once more: at first, and in the end
+_GAIN = 0.02  # by which a plan must promise more than the present one; per-step needs none
+_DOUBT = 2.0  # times may have been taken for this much longer than they are
 _GAIN_OF_CAPTURE = 0.1  # by which a plan that has yet to be captured must promise more than one that has been
 _LISTEN_EVERY = 2  # per-step cycles
+_NEARLY = 0.9  # of the best rate
+_LOOK_EVERY = 8  # cycles
 _MATCHES = (4, 8)  # lengths of match from which lookup's offers count as better ones
 
 
@@ -72,9 +77,7 @@ class AutoPolicy:
         captured: whether cycles are captured: then a plan has to be worth its capture before it is made.
     """
 
-    def __init__(
-        self, drafters: tuple[str, ...] = (_EXPERT, _LOOKUP), trees: bool = True, captured: bool = False
-    ) -> None:
+    def __init__(self, drafters: tuple[str, ...] = AUTO_DRAFTERS, trees: bool = True, captured: bool = False) -> None:
         self._drafters = drafters
         self._captured = captured
         self._run: set[Plan] = set()  # plans that have been made
@@ -83,14 +86,16 @@ class AutoPolicy:
         self._forecasts = {name: Forecast(_MOST) for name in {_EXPERT, *drafters}}
         self._ranks = RankForecast(len(TYPICAL_RANK_ACCEPTANCE))
         self._present: Plan | None = None
+        self._without_lookup = 0  # cycles since lookup was the best or nearly so
         self._cycles = 0
         self._stale = _STALE[0]
         self._with_drafts = self._without_drafts = 0  # cycles since one of the other kind
 
     @property
     def offers_wanted(self) -> int:
-        """See `WindowPolicy`."""
-        return _MOST if _LOOKUP in self._drafters else 0
+        """See `WindowPolicy`. Where lookup has not served for a while, its offers are looked at now and then."""
+        looks = self._without_lookup < _LOOK_EVERY or self._cycles % _LOOK_EVERY == 0
+        return _MOST if _LOOKUP in self._drafters and looks else 0
 
     def start(self) -> None:
         """Begin another call: its rows are new ones."""
@@ -121,8 +126,8 @@ class AutoPolicy:
         if drafter == _LOOKUP:
             if len(outlook.offers) != len(outlook.rows):
                 return []
-            keys = tuple(_match_class(offer.length) for offer in outlook.offers)
-            limits = np.minimum(limits, [offer.num_tokens for offer in outlook.offers])
+            keys = tuple(_match_class(length) for length, _ in outlook.offers)
+            limits = np.minimum(limits, [count for _, count in outlook.offers])
         survival = self._forecasts[drafter].survival(keys)  # [rows, positions]
         useful = np.where(np.arange(_MOST) < limits[:, None], survival, 0)
         # A window holds no more than the longest offer or budget, and no more than there is room for.
@@ -177,13 +182,18 @@ class AutoPolicy:
         if max(self._with_drafts, self._without_drafts) < self._stale:
             return None
         self._stale = min(2 * self._stale, _STALE[1])
-        if self._with_drafts or not drafting:
+        if not drafting:
             return idle
-        return max(drafting, key=lambda option: option.rate)
+        best = max(drafting, key=lambda option: option.rate)
+        if self._with_drafts:
+            return idle if _DOUBT * idle.rate > best.rate else None
+        return best if _DOUBT * best.rate > idle.rate and best.tokens > (1 + _GAIN) * idle.tokens else None
 
     def _settle(self, options: list[_Option]) -> _Option:
         """The best option, or the present one where it is not enough worse to leave it."""
         best = max(options, key=self._worth)
+        chances = [option.rate for option in options if option.plan.drafter == _LOOKUP]
+        self._without_lookup = 0 if max(chances, default=0.0) > _NEARLY * best.rate else self._without_lookup + 1
         present = next((option for option in options if option.plan == self._present), None)
         if present is not None and best.plan.num_drafts and self._worth(best) <= present.rate * (1 + _GAIN):
             best = present

@@ -19,6 +19,7 @@ _KEPT = 9  # times behind a median
 _FLAT, _STEEP = 0.02, 0.25  # cost of one more position over that of a window of one, assumed upward and downward
 _STEEPEST = 1.0  # twice the positions never cost more than twice the time
 _PRIOR_WEIGHT = 4.0  # of the assumed slope, in times measured one position apart
+_FEW = 3  # times that are too few to tell a spike
 _LINE_WEIGHT = 2.0  # of the line at a width that was measured, in times
 
 
@@ -87,6 +88,8 @@ class _Widths:
         times = self._times.get(width)
         if times is None:
             return line
+        if len(times) < _FEW:
+            return min(self._medians[width], line)  # a spike among so few would keep the width from being tried again
         return (len(times) * self._medians[width] + _LINE_WEIGHT * line) / (len(times) + _LINE_WEIGHT)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from specproxy.accept import Outcome, accept, would_accept
 from specproxy.config import MAX_DRAFT_TOKENS
 from specproxy.draft import drafter_of
+from specproxy.draft.lookup import Offer, look_up
 from specproxy.graphs import bucket
-from specproxy.policy import CycleReport, Outlook, Plan, WindowPolicy
+from specproxy.policy import CycleReport, Match, Outlook, Plan, WindowPolicy
 from specproxy.state import FINISHED, DecodeState, Draft, Row
 from specproxy.stats import DRAFT, TARGET, SpeculationStats
 from specproxy.tree import TreeShape
@@ -66,8 +67,9 @@ def step(
         The rows that took part; those with a `finish_reason` are no longer in flight.
     """
     began = perf_counter() - runners.capture_seconds
-    tokens_before = stats.num_new_tokens
-    plan = _plan(state, runners, policy)
+    tokens_before, lengths = stats.num_new_tokens, [len(row.tokens) for row in state.rows]
+    offers = _offers(state, policy.offers_wanted)
+    plan = _plan(state, runners, policy, offers)
     result = _run(state, runners, plan)
     rows, packed = _settle(state, runners, plan, result, stats, on_finish)
 
@@ -80,6 +82,9 @@ def step(
         seconds=perf_counter() - runners.capture_seconds - began,
         ranks=() if plan.tree is None else tuple(_ranks(plan.tree, line) for line in packed),
         heard=tuple(bool(line[0]) for line in packed) if plan.listens else (),
+        matched=tuple(
+            _match(offer, row.tokens[n:]) for offer, row, n in zip(offers, rows, lengths, strict=bool(offers))
+        ),
     )
     policy.observe(report)
     emitted = stats.num_new_tokens - tokens_before
@@ -106,13 +111,27 @@ def cycle(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
     return Cycle(_commit(state, runners, draft, outcome, head), window)
 
 
-def _plan(state: DecodeState, runners: TrioRunners, policy: WindowPolicy) -> Plan:
+def _offers(state: DecodeState, count: int) -> list[Offer]:
+    """Lookup's offers of at most `count` tokens for every row, as its drafts would be; none for a count of 0."""
+    rows = state.rows if count else []
+    return [look_up(state, row, max(0, min(count, row.remaining - 1, row.max_draft_tokens))) for row in rows]
+
+
+def _match(offer: Offer, tokens: list[int]) -> Match:
+    """How an offer fared against the tokens that came."""
+    pairs = list(zip(offer.tokens, tokens, strict=False))
+    agreed = next((i for i, (offered, token) in enumerate(pairs) if offered != token), len(pairs))
+    return Match(offer.length, len(pairs), agreed)
+
+
+def _plan(state: DecodeState, runners: TrioRunners, policy: WindowPolicy, offers: list[Offer]) -> Plan:
     """The policy's choice, within the longest budget; no draft token enters it, and no neighbour's place."""
     # With captures, one for the last window of a text would cost more than drafts of which no row makes use.
     most = max(row.remaining for row in state.rows) if runners.graphs is None else MAX_DRAFT_TOKENS + 1
     rows = tuple(row.index for row in state.rows)
     useful = tuple(min(row.remaining - 1, row.max_draft_tokens) for row in state.rows)
-    return policy.plan(Outlook(rows, useful, max(0, most - 1), state.equality_decides))
+    lengths = tuple((offer.length, len(offer.tokens)) for offer in offers)
+    return policy.plan(Outlook(rows, useful, max(0, most - 1), state.equality_decides, lengths))
 
 
 def _run(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:

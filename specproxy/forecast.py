@@ -2,14 +2,16 @@
 
 A row's rate is drawn in steps towards what is known better and less closely: its last few drafts towards its longer
 past, that towards all rows, those towards a prior. A new row so starts from its neighbours. How acceptance changes
-along a draft is alike in all rows (what has survived stands on easy text) and is learnt from them together: the odds of
-position i are the row's odds times those of position i over all rows.
+along a draft is alike in all rows and is learnt from them together: the odds of position i are the row's odds times a
+factor of the position, from what was seen there against what the rows' rates let expect. That rows differ is so not
+taken for a difference between positions, which easy rows alone reach.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Hashable, Iterable, Sequence
+from math import log
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,10 @@ from specproxy.tree import TYPICAL_RANK_ACCEPTANCE, TreeShape
 
 __all__ = ["Forecast", "RankForecast"]
 
-_RECENT, _LONG = 0.9, 0.98  # what a trial leaves of the row's earlier ones
+_RECENT, _LONG = 0.93, 0.985  # what a trial leaves of the row's earlier ones
 _POOL = 0.98  # what a cycle leaves of the earlier ones over all rows
 _PRIOR = 0.7, 2.0  # acceptance, and the trials that it counts for
-_POOL_WEIGHT, _LONG_WEIGHT, _POSITION_WEIGHT = 4.0, 3.0, 12.0  # trials that each coarser estimate counts for
+_POOL_WEIGHT, _LONG_WEIGHT, _POSITION_WEIGHT = 8.0, 4.0, 12.0  # trials that each coarser estimate counts for
 _RANK_WEIGHT = 20.0  # trials that a typical share of a rank counts for
 _GAINS_EVERY = 32  # cycles with trees after which their worth is reckoned anew
 _GRID = np.linspace(0, 1, 21)
@@ -56,6 +58,7 @@ class Forecast:
     def __init__(self, positions: int) -> None:
         self._trials = np.zeros(positions)  # over all rows, by position, decayed
         self._kept = np.zeros(positions)
+        self._expected = np.zeros(positions)  # what the rows' rates let expect of `_kept`
         self._past: dict[Hashable, _Past] = {}
         self._odds: Any = None
 
@@ -69,12 +72,16 @@ class Forecast:
         by_key: dict[Hashable, tuple[int, int]] = {}
         self._trials *= _POOL
         self._kept *= _POOL
+        self._expected *= _POOL
+        pool = self.rate
         for key, drafted, accepted in drafts:
             if drafted <= 0:
                 continue
             tested = min(accepted + 1, drafted)
             self._trials[:tested] += 1
             self._kept[:accepted] += 1
+            past = self._past.get(key)
+            self._expected[:tested] += pool if past is None else past.rate(pool)
             trials, kept = by_key.get(key, (0, 0))
             by_key[key] = trials + tested, kept + accepted
         for key, (trials, kept) in by_key.items():
@@ -95,20 +102,24 @@ class Forecast:
         """
         pool = self.rate
         if self._odds is None:
-            self._odds = self._position_odds(pool)
+            self._odds = self._position_odds()
         past = (self._past.get(key) for key in keys)
         rates = np.array([pool if one is None else one.rate(pool) for one in past]).clip(_LEAST, _GREATEST)
         odds = (rates / (1 - rates))[:, None] * self._odds
         return (odds / (1 + odds)).cumprod(axis=1)
 
-    def _position_odds(self, pool: float) -> Any:
-        """Odds at each position over the odds of all positions together; each drawn towards the one before it."""
-        rates, before = [], pool
-        for trials, kept in zip(self._trials.tolist(), self._kept.tolist(), strict=True):
-            before = (kept + _POSITION_WEIGHT * before) / (trials + _POSITION_WEIGHT)
-            rates.append(before)
-        each, both = np.clip(rates, _LEAST, _GREATEST), min(max(pool, _LEAST), _GREATEST)
-        return each / (1 - each) * (1 - both) / both
+    def _position_odds(self) -> Any:
+        """Factor of every position: seen odds over expected odds, each drawn towards the one before it."""
+        offsets, before = [], 0.0
+        figures = zip(self._trials.tolist(), self._kept.tolist(), self._expected.tolist(), strict=True)
+        for trials, kept, expected in figures:
+            if trials > 0:
+                mean = min(max(expected / trials, _LEAST), _GREATEST)
+                seen = min(max((kept + mean) / (trials + 1), _LEAST), _GREATEST)
+                offset = log(seen / (1 - seen) * (1 - mean) / mean)
+                before = (trials * offset + _POSITION_WEIGHT * before) / (trials + _POSITION_WEIGHT)
+            offsets.append(before)
+        return np.exp(offsets)
 
     @property
     def num_rows(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import MaxTimeCriteria, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from specproxy.auto import AUTO_DRAFTERS
 from specproxy.config import SpeculationParameters, check_integer
 from specproxy.decode import admit, step
 from specproxy.draft import ExpertDrafter
@@ -168,10 +169,9 @@ def _decode(
         stack.enter_context(torch.inference_mode())
         runners = stack.enter_context(trio.runners(len(rows), capacity, speculation.cuda_graphs))
         policy: WindowPolicy
-        if isinstance(count, str) and drafter != ExpertDrafter.name:
-            policy = FixedWindow(8, drafter)
-        elif isinstance(count, str):
-            policy = stack.enter_context(trio.policy(captured=runners.graphs is not None))
+        if isinstance(count, str):
+            drafters = AUTO_DRAFTERS if speculation.drafter is None else (speculation.drafter,)
+            policy = stack.enter_context(trio.policy(drafters, captured=runners.graphs is not None))
         else:
             policy = _fixed_window(trio, speculation, drafter)
         state = DecodeState(

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from specproxy.costs import ForwardTime
 from specproxy.tree import TreeShape
 
-__all__ = ["CycleReport", "FixedWindow", "Match", "Offer", "Outlook", "Plan", "WindowPolicy"]
+__all__ = ["CycleReport", "FixedWindow", "Match", "Outlook", "Plan", "WindowPolicy"]
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,6 @@ class Plan:
         return self.num_drafts + 1 if self.tree is None else len(self.tree)
 
 
-class Offer(NamedTuple):
-    """What lookup has for a row: the length of its match in the committed text, and how many tokens follow it there."""
-
-    length: int
-    num_tokens: int
-
-
 class Match(NamedTuple):
     """An offer and the text that came: the length of its match, how many tokens could be compared, how many agreed."""
 
@@ -68,14 +61,15 @@ class Outlook:
         useful: drafts of each that it can make use of, within its budget and its own limit; may be negative.
         most: drafts that there is room for.
         equality: whether equality decides about the drafts of every row, so that trees may be drafted.
-        offers: lookup's for each row, where the policy wants them.
+        offers: where the policy wants them, of each row the length of lookup's match in its committed text, and how
+            many tokens follow it there.
     """
 
     rows: tuple[int, ...]
     useful: tuple[int, ...]
     most: int
     equality: bool = False
-    offers: tuple[Offer, ...] = ()
+    offers: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

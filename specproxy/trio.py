@@ -213,7 +213,7 @@ class Trio:
             self._check_assistant(assistant, tokenizers)
         self.overlap = False  # whether captures run the small models beside the base: to be measured before it is on
         self._lock = Lock()
-        self._policies: dict[bool, AutoPolicy] = {}  # that no call has now, by whether cycles are captured
+        self._policies: dict[tuple[tuple[str, ...], bool], AutoPolicy] = {}  # that no call has now, by `policy`'s words
         self._spare: tuple[list[int], TrioRunners] | None = None  # addresses of the weights it was made for
         self.position_limits = {role: position_limit(model) for role, model in self.models.items()}
 
@@ -297,17 +297,18 @@ class Trio:
         return None
 
     @contextmanager
-    def policy(self, captured: bool) -> Iterator[AutoPolicy]:
+    def policy(self, drafters: tuple[str, ...], captured: bool) -> Iterator[AutoPolicy]:
         """The policy that learns, for one call: with what it knows from earlier ones, where no other call has it.
 
         Args:
+            drafters: who may draft, by name.
             captured: whether cycles are captured, which changes what they cost.
         """
         with self._lock:
-            policy = self._policies.pop(captured, None) or AutoPolicy(captured=captured)
+            policy = self._policies.pop((drafters, captured), None) or AutoPolicy(drafters, captured=captured)
         policy.start()
         yield policy
-        self._policies[captured] = policy
+        self._policies[drafters, captured] = policy
 
     @contextmanager
     def runners(self, max_rows: int, capacity: int, cuda_graphs: bool | None = None) -> Iterator[TrioRunners]:

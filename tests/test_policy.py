@@ -16,10 +16,11 @@ from support import role_prompts
 from benchmarks.recordings import record
 from benchmarks.replay import Costs, Recording, best_fixed, replay, synthetic_recording
 from specproxy import ProxyTunedModel
-from specproxy.auto import AutoPolicy
-from specproxy.costs import CostTable
+from specproxy.auto import AUTO_DRAFTERS, AutoPolicy
+from specproxy.costs import CostTable, ForwardTime
+from specproxy.draft.lookup import Offer
 from specproxy.forecast import Forecast
-from specproxy.policy import CycleReport, FixedWindow, Outlook, Plan
+from specproxy.policy import CycleReport, FixedWindow, Match, Outlook, Plan
 from specproxy.trio import Trio
 
 ROWS = role_prompts([3, 9, 1, 6], seed=21)
@@ -40,7 +41,7 @@ def use(monkeypatch: pytest.MonkeyPatch, policy: Any) -> None:
         def __exit__(self, *error: object) -> None:
             pass
 
-    monkeypatch.setattr(Trio, "policy", lambda self, captured: Given())
+    monkeypatch.setattr(Trio, "policy", lambda self, drafters, captured: Given())
 
 
 # Costs
@@ -132,9 +133,8 @@ def test_rows_without_drafts_tell_nothing():
 # Choices, on a virtual clock
 
 ACCEPTANCE = {
-    "easy": [(0.9, 200)],
-    "hard": [(0.6, 200)],
-    "hopeless": [(0.02, 200)],
+    "easy": [(0.9, 300)],
+    "hopeless": [(0.02, 100)],
     "mixed": [(0.95, 40), (0.4, 30), (0.95, 60), (0.3, 20), (0.9, 60)],
 }
 
@@ -146,10 +146,20 @@ def test_nearly_the_best_fixed_window_and_never_slower_than_per_step(kind, ratio
     """The clock that the policy reads is noisy, with spikes; the clock that judges it is not."""
     texts = [synthetic_recording(ACCEPTANCE[kind], seed) for seed in range(2 * batch if batch > 1 else 6)]
     costs = Costs.memory_bound(ratio)
-    fixed = best_fixed(texts, batch, costs, (0, 1, 2, 4, 6, 10, 16))
-    auto = replay(AutoPolicy(), texts, batch, costs, noise=0.1)
+    fixed = best_fixed(texts, batch, costs, (0, 1, 2, 4, 8, 12))
+    auto = replay(AutoPolicy(trees=False), texts, batch, costs, noise=0.1)
     assert auto.rate >= 0.95 * max(fixed.values())
     assert auto.rate >= 0.98 * fixed[0]
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.5])
+def test_trees_where_equality_decides_beat_every_chain(ratio):
+    texts = [synthetic_recording([(0.55, 150)], seed) for seed in range(6)]
+    costs = Costs.memory_bound(ratio)
+    fixed = best_fixed(texts, 1, costs, (0, 1, 2, 3, 4, 6))
+    auto = replay(AutoPolicy(), texts, 1, costs, noise=0.1, equality=True)
+    assert auto.rate >= (1.05 if ratio < 0.1 else 1.0) * max(fixed.values())
+    assert all(plan.tree is None for plan in replay(AutoPolicy(), texts, 1, costs).plans)
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -207,7 +217,7 @@ def test_predictions_come_true():
     result = replay(AutoPolicy(), texts, 4, Costs.memory_bound(0.1))
     told = [plan.expected for plan in result.plans if plan.expected is not None]
     expected = sum(tokens for tokens, _ in told) / sum(seconds for _, seconds in told)
-    assert expected == pytest.approx(result.rate, rel=0.05)
+    assert expected == pytest.approx(result.rate, rel=0.1)
 
 
 # In the loop
@@ -371,9 +381,9 @@ def test_recordings_tell_what_windows_give(model):
 def test_what_was_learnt_serves_the_next_call(model):
     call(model, "auto")
     trio = model._trio
-    with trio.policy(False) as policy:
+    with trio.policy(AUTO_DRAFTERS, False) as policy:
         assert policy.plan(Outlook((0,), (8,), 8)).expected is not None
-        with trio.policy(False) as other:
+        with trio.policy(AUTO_DRAFTERS, False) as other:
             assert other is not policy, "two calls at once share a policy"
 
 
@@ -385,6 +395,60 @@ def test_statistics_show_what_was_chosen(model):
     fixed = call(model, 3).speculation
     assert fixed.expected_tokens_per_second == 0 and set(fixed.windows) == {"expert"}
     assert fixed.to_dict()["windows"]["expert"]["3"] == fixed.windows["expert"][3]
+
+
+def test_offers_are_compared_with_the_text_that_came(model, monkeypatch):
+    """Offers of two tokens that will come and one that will not, whoever drafts."""
+    rows = call(model, 0).sequences[:, 9:].tolist()
+
+    def offer(state: Any, row: Any, count: int) -> Offer:
+        coming = rows[row.index][len(row.tokens) :]
+        return Offer(5, [*coming[:2], *[(token + 1) % 20 for token in coming[2:3]]][:count])
+
+    class Looks(Scripted):
+        offers_wanted = 6
+
+        def plan(self, outlook: Outlook) -> Plan:
+            left = [24 - place[row] for row in outlook.rows]
+            assert list(outlook.offers) == [(5, min(3, budget - 1)) for budget in left]
+            return super().plan(outlook)
+
+        def observe(self, report: CycleReport) -> None:
+            for row, accepted, match in zip(report.rows, report.num_accepted, report.matched, strict=True):
+                came = min(3, 24 - place[row] - 1, accepted + 1)
+                assert match == Match(5, came, min(2, came))
+                place[row] += accepted + 1
+            super().observe(report)
+
+    place = dict.fromkeys(range(4), 0)
+    monkeypatch.setattr("specproxy.decode.look_up", offer)
+    use(monkeypatch, policy := Looks())
+    call(model, "auto")
+    assert place == dict.fromkeys(range(4), 24)
+    assert {match.tested for report in policy.reports for match in report.matched} >= {1, 2, 3}
+
+
+def test_lookup_is_known_before_it_is_tried():
+    """The expert drafts badly, and what lookup offers comes true: the next plan is lookup's."""
+    policy = AutoPolicy()
+    costs = Costs.memory_bound(0.5)
+    plans = []
+    for _ in range(40):
+        plan = policy.plan(Outlook((0,), (200,), 16, offers=((9, 10),)))
+        plans.append(plan)
+        width = plan.window
+        work = [("expert", 1)] * max(1, plan.num_drafts)
+        if plan.drafter == "lookup":
+            work = [("expert", width)]
+        work += [("anti_expert", width), ("base", width)]
+        forwards = tuple(ForwardTime(role, 1, size, costs.forward(role, 1, size)) for role, size in work)
+        accepted = plan.num_drafts if plan.drafter == "lookup" else 0
+        seconds = 0.03 + sum(forward.seconds for forward in forwards)
+        matched = (Match(9, accepted + 1, accepted + 1),)
+        report = CycleReport(plan, (0,), (plan.num_drafts,), (accepted,), forwards, seconds, matched=matched)
+        policy.observe(report)
+    assert [plan.drafter for plan in plans[4:]].count("lookup") > 30
+    assert plans[-1].num_drafts == 10, "as far as the offer goes"
 
 
 def test_a_recording_counts_runs():
