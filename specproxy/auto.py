@@ -87,6 +87,7 @@ class AutoPolicy:
         self._ranks = RankForecast(len(TYPICAL_RANK_ACCEPTANCE))
         self._present: Plan | None = None
         self._without_lookup = 0  # cycles since lookup was the best or nearly so
+        self._was_surprised = False  # whether the last cycle that listened heard that most drafts would have survived
         self._cycles = 0
         self._stale = _STALE[0]
         self._with_drafts = self._without_drafts = 0  # cycles since one of the other kind
@@ -113,7 +114,8 @@ class AutoPolicy:
         for drafter in self._drafters:
             options += self._chains(drafter, outlook)
         best = self._due(options, outlook) or self._settle(options)
-        listens = best.plan.num_drafts == 0 and _EXPERT in self._drafters and self._without_drafts % _LISTEN_EVERY == 0
+        is_time = self._was_surprised or self._without_drafts % _LISTEN_EVERY == 0
+        listens = best.plan.num_drafts == 0 and _EXPERT in self._drafters and is_time
         plan = best.plan
         return Plan(plan.num_drafts, plan.drafter, plan.tree, listens, expected=(best.tokens, best.seconds))
 
@@ -221,6 +223,7 @@ class AutoPolicy:
         elif report.heard:
             fates_heard = [(row, 1, int(heard)) for row, heard in zip(report.rows, report.heard, strict=True)]
             self._forecasts[_EXPERT].hear(fates_heard)
+            self._was_surprised = 2 * sum(report.heard) > len(report.heard)
         if report.matched and _LOOKUP in self._forecasts:
             matched = [(_match_class(match.length), match.tested, match.agreed) for match in report.matched]
             self._forecasts[_LOOKUP].hear(matched)

@@ -54,6 +54,7 @@ class CycleTimes:
         self._scorers: set[str] = set()  # roles that run once a cycle, over the whole window
         self._is_whole = False  # whether only whole cycles tell
         self._bonus_always = False  # whether the bonus step runs without being reached
+        self._bonus_is_shared = False  # whether the expert's last position is part of another model's forward
         self._chains: dict[tuple[str, int], ChainTimes] = {}
         self._trees: dict[tuple[TreeShape, int], float] = {}
         self._age = 0
@@ -78,6 +79,8 @@ class CycleTimes:
         reached = any(kept == count for kept, count in zip(report.num_accepted, report.num_drafts, strict=True))
         if name == _EXPERT and plan.num_drafts and steps > plan.num_drafts and not reached:
             self._bonus_always = True
+        if name == _EXPERT and report.forwards and reached and steps <= plan.num_drafts:
+            self._bonus_is_shared = True
         self._age += 1
         if is_new or self._age >= _REFRESH_EVERY:
             self._age = 0
@@ -104,8 +107,8 @@ class CycleTimes:
         windows = np.array([self._windows(drafter if width > 1 else _EXPERT, rows, width) for width in widths])
         if drafter == _LOOKUP:
             return ChainTimes(windows + [self._costs.seconds(_EXPERT, rows, width) for width in widths], 0.0)
-        steps = np.maximum(self._counts + self._bonus_always, 1)
-        return ChainTimes(windows + steps * step, 0.0 if self._bonus_always else step)
+        steps = self._counts if self._bonus_is_shared else np.maximum(self._counts + self._bonus_always, 1)
+        return ChainTimes(windows + steps * step, 0.0 if self._bonus_always or self._bonus_is_shared else step)
 
     def tree(self, shape: TreeShape, rows: int) -> float | None:
         """Seconds of a cycle with a tree, without the expert's step at a leaf that is reached; None as in `chain`."""

@@ -133,7 +133,7 @@ def test_rows_without_drafts_tell_nothing():
 # Choices, on a virtual clock
 
 ACCEPTANCE = {
-    "easy": [(0.9, 300)],
+    "easy": [(0.9, 200)],
     "hopeless": [(0.02, 100)],
     "mixed": [(0.95, 40), (0.4, 30), (0.95, 60), (0.3, 20), (0.9, 60)],
 }
@@ -147,7 +147,10 @@ def test_nearly_the_best_fixed_window_and_never_slower_than_per_step(kind, ratio
     texts = [synthetic_recording(ACCEPTANCE[kind], seed) for seed in range(2 * batch if batch > 1 else 6)]
     costs = Costs.memory_bound(ratio)
     fixed = best_fixed(texts, batch, costs, (0, 1, 2, 4, 8, 12))
-    auto = replay(AutoPolicy(trees=False), texts, batch, costs, noise=0.1)
+    policy = AutoPolicy(trees=False)
+    replay(policy, [text.shortened(80) for text in texts[-2 * batch :]], batch, costs, noise=0.1)  # an earlier call
+    policy.start()
+    auto = replay(policy, texts, batch, costs, noise=0.1)
     assert auto.rate >= 0.95 * max(fixed.values())
     assert auto.rate >= 0.98 * fixed[0]
 
@@ -175,7 +178,7 @@ def test_it_comes_back_when_the_text_turns_easy(seed, batch):
     texts = [synthetic_recording([(0.03, 200), (0.95, 200)], 100 * seed + row) for row in range(batch)]
     auto = replay(AutoPolicy(), texts, batch, Costs.memory_bound(0.1, slope=0.1 / batch), noise=0.1, seed=seed)
     turned = next(cycle for cycle, places in enumerate(auto.places) if min(places.values()) >= 200)
-    assert auto.plans[turned - 30].num_drafts == 0
+    assert sum(plan.num_drafts == 0 for plan in auto.plans[turned - 100 : turned - 20]) > 60
     assert any(plan.num_drafts >= 3 for plan in auto.plans[turned : turned + 20])
 
 
