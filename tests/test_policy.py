@@ -178,7 +178,7 @@ def test_it_comes_back_when_the_text_turns_easy(seed, batch):
     texts = [synthetic_recording([(0.03, 200), (0.95, 200)], 100 * seed + row) for row in range(batch)]
     auto = replay(AutoPolicy(), texts, batch, Costs.memory_bound(0.1, slope=0.1 / batch), noise=0.1, seed=seed)
     turned = next(cycle for cycle, places in enumerate(auto.places) if min(places.values()) >= 200)
-    assert sum(plan.num_drafts == 0 for plan in auto.plans[turned - 100 : turned - 20]) > 60
+    assert sum(plan.num_drafts == 0 for plan in auto.plans[turned - 100 : turned - 20]) > 50
     assert any(plan.num_drafts >= 3 for plan in auto.plans[turned : turned + 20])
 
 
