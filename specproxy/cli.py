@@ -6,10 +6,12 @@ The result goes to standard output, everything else to standard error. Knows not
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 import typer
 from typer.exceptions import TyperException
 
@@ -49,12 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a narrow locale must not cost the result
+    if int(os.environ.get("RANK", "0")):
+        # One of several processes that share a base: the first speaks for all.
+        sys.stdout, sys.stderr = (open(os.devnull, "w", encoding="utf-8") for _ in range(2))  # noqa: SIM115
     try:
         code = app(args=arguments, prog_name="specproxy", standalone_mode=False)
     except (SpecProxyError, TyperException, OSError) as error:
         message = error.format_message() if isinstance(error, TyperException) else str(error)
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         return EXIT_ERROR
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return code if isinstance(code, int) else 0
 
 
@@ -69,3 +77,7 @@ def _root(
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,6 +18,7 @@ from specproxy.draft import drafter_of
 from specproxy.draft.lookup import Offer, look_up
 from specproxy.graphs import bucket
 from specproxy.policy import CycleReport, Match, Outlook, Plan, WindowPolicy
+from specproxy.ranks import Ranks
 from specproxy.state import FINISHED, DecodeState, Draft, Row
 from specproxy.stats import DRAFT, TARGET, SpeculationStats
 from specproxy.tree import TreeShape
@@ -103,8 +104,9 @@ def cycle(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
     """
     noise = state.noise()
     draft = drafter_of(plan).propose(state, runners, noise, plan)
+    draft.tokens = runners.ranks.agree(draft.tokens)
     window = score_window(state, runners, draft)
-    outcome = accept(state, runners, noise, draft, window)
+    outcome = _agreed(runners.ranks, draft, accept(state, runners, noise, draft, window))
     head = [draft.tokens] if draft.nodes is None else [draft.tokens, draft.nodes]
     if plan.listens:
         head = [would_accept(state, noise, window)[:, None]]
@@ -131,7 +133,8 @@ def _plan(state: DecodeState, runners: TrioRunners, policy: WindowPolicy, offers
     rows = tuple(row.index for row in state.rows)
     useful = tuple(min(row.remaining - 1, row.max_draft_tokens) for row in state.rows)
     lengths = tuple((offer.length, len(offer.tokens)) for offer in offers)
-    return policy.plan(Outlook(rows, useful, max(0, most - 1), state.equality_decides, lengths))
+    outlook = Outlook(rows, useful, max(0, most - 1), state.equality_decides, lengths)
+    return runners.ranks.agree_on(policy.plan(outlook))
 
 
 def _run(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
@@ -148,6 +151,16 @@ def _run(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
         changed=[*state.changing, *runners.lengths],
         title=f"cycle ({state.width} rows, {plan.window - 1} drafts)",
     )
+
+
+def _agreed(ranks: Ranks, draft: Draft, outcome: Outcome) -> Outcome:
+    """The outcome, and in `draft` the path through a tree, that every process commits."""
+    if ranks.is_alone:
+        return outcome
+    draft.tokens = ranks.agree(draft.tokens)
+    if draft.nodes is not None:
+        draft.nodes = ranks.agree(draft.nodes)
+    return Outcome(*map(ranks.agree, (outcome.num_accepted, outcome.next_token, outcome.status)))
 
 
 def _commit(state: DecodeState, runners: TrioRunners, draft: Draft, outcome: Outcome, head: list[Tensor]) -> Tensor:

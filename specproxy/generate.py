@@ -89,10 +89,14 @@ def generate(
         raise ConfigurationError(
             f"streamer={type(streamer).__name__} takes one sequence of {batch}; use a RowStreamer."
         )
+    if options.max_time is not None and not trio.ranks.is_alone:
+        raise ConfigurationError(
+            f"max_time={options.max_time!r}: processes that share a base have clocks of their own; use max_new_tokens."
+        )
     stopping = _stopping_criteria(options)
     # Normalisation changes recorded scores, no law: without them it is spared.
     law = options.law if options.output_scores else replace(options.law, renormalize_logits=None)
-    keys = _row_keys(batch, seed, generator, options.law.sampling.do_sample)
+    keys = trio.ranks.agree_on(_row_keys(batch, seed, generator, options.law.sampling.do_sample))
     schedules = _schedules(alpha_schedule, batch, copies)
     rows = [
         make_row(

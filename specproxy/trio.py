@@ -21,6 +21,7 @@ from specproxy.errors import ConfigurationError, VocabularyError
 from specproxy.graphs import Branches, Graphs, make_graphs
 from specproxy.nodes import Nodes
 from specproxy.packed_runner import PackedRunner
+from specproxy.ranks import Ranks
 from specproxy.runner import Runner, check_supported, logits_width, position_limit
 from specproxy.state import ANTI_EXPERT, ASSISTANT, BASE, EXPERT, Row
 from specproxy.tree import TreeShape
@@ -56,6 +57,7 @@ class TrioRunners:
         overlaps: whether the small models' forwards over a window run beside the base's; on one CUDA device.
         adapters: of roles whose weights serve one with the adapter and one without, and whether the role is the former.
         assistant: a model that drafts and nothing else. Its runner stands apart: its rows are not in step.
+        ranks: the processes that the base is sharded over; by default this one alone.
     """
 
     def __init__(
@@ -68,10 +70,12 @@ class TrioRunners:
         overlaps: bool = False,
         adapters: Mapping[str, tuple[LoraSwitch, bool]] | None = None,
         assistant: PreTrainedModel | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         adapters = adapters or {}
         self.pairs = pairs
         self.overlaps = overlaps
+        self.ranks = ranks or Ranks()
         self.max_rows = max_rows
         self.graphs = graphs
         self._pinned: Tensor | None = None
@@ -211,6 +215,7 @@ class Trio:
         self.assistant = assistant
         if assistant is not None:
             self._check_assistant(assistant, tokenizers)
+        self.ranks = Ranks.of(base)
         self.overlap = False  # whether captures run the small models beside the base: to be measured before it is on
         self._lock = Lock()
         self._policies: dict[tuple[tuple[str, ...], bool], AutoPolicy] = {}  # that no call has now, by `policy`'s words
@@ -325,6 +330,10 @@ class Trio:
             ConfigurationError: graphs are asked for and cannot be had.
         """
         weights = [weight for model in self.all_models for weight in model.parameters()]
+        if not self.ranks.is_alone:
+            if cuda_graphs:
+                raise ConfigurationError("cuda_graphs=True: a base sharded over processes runs eagerly; leave it out.")
+            cuda_graphs = False
         graphs = make_graphs({weight.device for weight in weights}, cuda_graphs)
         # A sharded or offloaded weight has no address; nor is it ever captured.
         addresses = [] if graphs is None else [weight.data_ptr() for weight in weights]
@@ -341,7 +350,15 @@ class Trio:
                 spare = None  # freed before new caches are made
                 overlaps = self.overlap and graphs is not None
                 runners = TrioRunners(
-                    self.models, self.pairs, max_rows, capacity, graphs, overlaps, self.adapters, self.assistant
+                    self.models,
+                    self.pairs,
+                    max_rows,
+                    capacity,
+                    graphs,
+                    overlaps,
+                    self.adapters,
+                    self.assistant,
+                    self.ranks,
                 )
             else:
                 runners = spare[1]

@@ -43,8 +43,9 @@ def walk(
     tree = draft.tree
     assert tree is not None and state.equality_decides, "trees are for what equality decides"
     path = _Path(state, runners.nodes(tree, state.device), draft, window)
-    # On the device alone, a walk goes down to the last level whether or not some row still moves.
-    reads_host = path.misses_leaves or state.is_dense
+    # On the device alone, a walk goes down to the last level whether or not some row still moves. So does one beside
+    # other processes, whose paths may end elsewhere until the first one's is agreed on.
+    reads_host = (path.misses_leaves or state.is_dense) and runners.ranks.is_alone
     parameters = state.warp(tree.depth + 1)
     num_accepted = torch.zeros_like(state.start)
     token, status = num_accepted, num_accepted.int()
@@ -65,7 +66,7 @@ def walk(
             break
     draft.nodes = torch.stack(path.nodes[1:], dim=1)
     draft.tokens = torch.stack(path.tokens, dim=1)
-    slots = torch.stack(path.nodes, dim=1)
+    slots = runners.ranks.agree(torch.stack(path.nodes, dim=1))  # the base's cache is everybody's
     for runner in runners:
         runner.cache.compact(slots)
     if path.misses_leaves and bool(waits.any()):

@@ -49,7 +49,14 @@ LAYERS = [
         "specproxy.suffix",
         "specproxy.forecast",
     },
-    {"specproxy.graphs", "specproxy.config", "specproxy.cache", "specproxy.vocab", "specproxy.stats"},
+    {
+        "specproxy.graphs",
+        "specproxy.config",
+        "specproxy.cache",
+        "specproxy.vocab",
+        "specproxy.stats",
+        "specproxy.ranks",
+    },
     {"specproxy.packed", "specproxy.adapters"},
     {
         "specproxy.attention",

@@ -6,6 +6,7 @@ A group is a dataclass whose fields are Typer options; `grouped` gives a command
 from __future__ import annotations
 
 import inspect
+import os
 import secrets
 import typing
 from collections.abc import Callable
@@ -20,10 +21,10 @@ from specproxy.errors import ConfigurationError
 from specproxy.options import parse_options
 from specproxy.schedule import AlphaSchedule
 
-__all__ = ["BatchOptions", "DecodingOptions", "DeviceOptions", "ModelOptions", "grouped"]
+__all__ = ["ROLES", "BatchOptions", "DecodingOptions", "DeviceOptions", "ModelOptions", "grouped"]
 
 DEFAULT_TASK = "arithmetic"
-_ROLES = ("base", "expert", "anti_expert")
+ROLES = ("base", "expert", "anti_expert")
 
 
 def _flag(name: str) -> str:
@@ -44,9 +45,9 @@ class ModelOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        given = [role for role in _ROLES if getattr(self, role) is not None]
-        missing = [role for role in _ROLES if role not in (*given, "anti_expert")]
-        names = ", ".join(map(_flag, _ROLES))
+        given = [role for role in ROLES if getattr(self, role) is not None]
+        missing = [role for role in ROLES if role not in (*given, "anti_expert")]
+        names = ", ".join(map(_flag, ROLES))
         if given and self.demo_task is not None:
             raise ConfigurationError(f"--demo and {names} exclude each other: name one trio.")
         if self.demo_task is not None and self.demo_task not in demo.tasks():
@@ -67,7 +68,7 @@ class ModelOptions:
         """Folder or hub name per role, and of the tokenizer where it lies elsewhere."""
         if self.task is not None:
             return demo.folders(self.task)
-        return {role: getattr(self, role) for role in _ROLES if getattr(self, role) is not None}
+        return {role: getattr(self, role) for role in ROLES if getattr(self, role) is not None}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,30 @@ class DeviceOptions:
         Literal["float32", "bfloat16", "float16", "float64"] | None, typer.Option(help="Of all three models.")
     ] = None
     device: Annotated[str | None, typer.Option(help="Of all three models, such as cpu or cuda:0.")] = None
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="Processes that share the base; under torchrun all of them by default.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel_size is not None:
+            check_integer("--tensor-parallel-size", self.tensor_parallel_size, 1, "give a number of processes")
+        if self.num_shards not in (1, self.num_processes):
+            raise ConfigurationError(
+                f"--tensor-parallel-size={self.num_shards} with {self.num_processes} processes: start as many, by "
+                f"`torchrun --nproc-per-node {self.num_shards} -m specproxy ...`."
+            )
+        if self.num_shards > 1 and self.device is not None:
+            raise ConfigurationError(f"--device={self.device}: every process takes its own device; leave it out.")
+
+    @property
+    def num_processes(self) -> int:
+        """As torchrun tells it."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def num_shards(self) -> int:
+        """Processes that the base is sharded over."""
+        return self.num_processes if self.tensor_parallel_size is None else self.tensor_parallel_size
 
 
 @dataclass(frozen=True)

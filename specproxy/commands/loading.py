@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
-from specproxy.commands.arguments import DeviceOptions, ModelOptions
+from specproxy import demo
+from specproxy.commands.arguments import ROLES, DeviceOptions, ModelOptions
 from specproxy.errors import ConfigurationError, SpecProxyError
 from specproxy.model import ProxyTunedModel
 
@@ -28,18 +32,30 @@ def load(models: ModelOptions, where: DeviceOptions) -> ProxyTunedModel:
             torch.empty(0, device=where.device)  # fails here rather than half way through loading
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"--device={where.device} cannot be used: {str(error).splitlines()[0]}") from error
-    if models.task is not None:
+    if models.task is not None and where.num_shards == 1:
         return ProxyTunedModel.demo(models.task, device=where.device, dtype=dtype)
     if "anti_expert" not in models.names:
         print("note: without --anti-expert the expert's logits are added as they are.", file=sys.stderr)
+    names = models.names
+    if models.task is not None:
+        names, dtype = {**names, "alpha": demo.alpha(models.task)}, dtype or torch.float32
+    if where.num_shards > 1:
+        names |= _sharded(where.num_shards, [role for role in ROLES if role in names])
     try:
         return ProxyTunedModel.from_pretrained(
-            **models.names, dtype=dtype, device_map=where.device, progress=sys.stderr.isatty()
+            **names, dtype=dtype, device_map=where.device, progress=sys.stderr.isatty()
         )
     except SpecProxyError:
         raise
     except ValueError as error:
         raise ConfigurationError(f"the models could not be loaded: {error}") from error
+
+
+def _sharded(count: int, roles: list[str]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a base sharded over processes, each of which has small models of its own."""
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    own = {f"{role}_kwargs": {"device_map": device} for role in roles}
+    return {**own, "base_kwargs": {"distributed_config": DistributedConfig(tp_size=count)}}
 
 
 @contextlib.contextmanager
