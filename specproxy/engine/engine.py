@@ -197,7 +197,7 @@ class Engine:
             raise ConfigurationError(f"model={model!r} must be a ProxyTunedModel.")
         if not model._trio.ranks.is_alone:
             raise ConfigurationError(
-                "model: its base is sharded over processes, and requests would reach one of them; give a base in one piece."
+                "model: its base is sharded over processes, and a request reaches only one; give a base in one piece."
             )
         speculation = SpeculationParameters(num_draft_tokens, acceptance, cuda_graphs)
         check_integer("max_batch_size", max_batch_size, 1, "at least one request has to decode")
