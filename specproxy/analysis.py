@@ -155,8 +155,8 @@ class Analysis:
     def findings(self) -> list[str]:
         """The paper's two findings, each with whether these models show it: beyond chance, at 95 %.
 
-        The first counts as shown where both departures and KL are larger at the early tokens; the second where some
-        cut-off within the text makes it repeat more than the whole correction does.
+        The first counts as shown where both departures and KL are larger at the early tokens; the second where
+        cut-offs within the text make it repeat more, and more texts never end, than the whole correction does.
         """
         lines = []
         early = self.early_against_later()
@@ -170,9 +170,10 @@ class Analysis:
             )
         cuts = {cutoff: parts for cutoff, parts in self.cut_against_whole().items() if cutoff > 0}
         if cuts:
-            shown = any(
-                part["low"] > 0 for parts in cuts.values() for part in [parts["repetition"].to_dict()] if part["low"]
+            repeats, goes_on = (
+                any((parts[name].low or 0.0) > 0 for parts in cuts.values()) for name in ("repetition", "endless")
             )
+            verdict = "shown" if repeats and goes_on else "in part (it repeats more)" if repeats else "not shown"
             measured = "; ".join(
                 f"after {cut.cutoff} tokens {mean(cut.repetition).format()} % of 4-grams repeat and "
                 f"{mean(cut.endless).format(100, 0)} % of texts never end"
@@ -181,7 +182,7 @@ class Analysis:
             )
             whole = self.cutoffs[-1]
             lines.append(
-                f"Dropping the correction midway makes text repeat without end: {'shown' if shown else 'not shown'}. "
+                f"Dropping the correction midway makes text repeat without end: {verdict}. "
                 f"Dropped {measured}; never dropped {mean(whole.repetition).format()} % and "
                 f"{mean(whole.endless).format(100, 0)} %."
             )

@@ -129,6 +129,8 @@ def test_summaries_and_findings() -> None:
         texts[:1], [], [], [], [], [CutOff(8, [0.1], [9], [True]), CutOff(None, [0.1], [9], [True])], {}
     )
     assert "without end: not shown" in unchanged.findings()[1]
+    still_ends = [CutOff(8, cuts[0].repetition, [9] * 4, [False] * 4), cuts[1]]
+    assert "without end: in part" in Analysis(texts, [], [], [], [], still_ends, {}).findings()[1]
     flat = Analysis([TextRecord("", [token(True, 1.0)] * 9)], [], [], [], [], [], {})
     assert "changed most: not shown" in flat.findings()[0] and len(flat.findings()) == 1
 
