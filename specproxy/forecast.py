@@ -21,8 +21,8 @@ from specproxy.tree import TYPICAL_RANK_ACCEPTANCE, TreeShape
 __all__ = ["Forecast", "RankForecast"]
 
 _RECENT, _LONG = 0.93, 0.985  # what a trial leaves of the row's earlier ones
-_POOL = 0.98  # what a cycle leaves of the earlier ones over all rows
-_PRIOR = 0.7, 2.0  # acceptance, and the trials that it counts for
+_POOL = 0.99  # what a cycle leaves of the earlier ones over all rows
+_PRIOR = 0.7, 1.0  # acceptance, and the trials that it counts for
 _POOL_WEIGHT, _LONG_WEIGHT, _POSITION_WEIGHT = 60.0, 16.0, 12.0  # trials that each coarser estimate counts for
 _RANK_WEIGHT = 20.0  # trials that a typical share of a rank counts for
 _GAINS_EVERY = 32  # cycles with trees after which their worth is reckoned anew
