@@ -198,6 +198,9 @@ def _settle(
         if not status & _ERRORS:
             tokens, sources = [*tokens, next_token], [*sources, TARGET]
         taken = row.append(tokens, sources)
+        row.drafter = drafter if drafted else None
+        # What lies behind a row's end was not refused, and of a tree only the path that was taken is read.
+        row.refused = drafts[num_accepted:drafted] if plan.tree is None and taken > num_accepted else []
         if status & _ERRORS and row.finish_reason is None:
             row.fail(_reason(row, result.window, slot, num_accepted, status))
         if state.records_logits:

@@ -110,6 +110,11 @@ class Browser:
         assert "errorText" not in result, f"{url}: {result['errorText']}"
         self.wait_for(f"document.readyState === 'complete' && location.href.startsWith({json.dumps(url)})")
 
+    def resize(self, width: int, height: int) -> None:
+        """Give the page another size, in pixels."""
+        size = {"width": width, "height": height}
+        self._call("Emulation.setDeviceMetricsOverride", **size, deviceScaleFactor=1, mobile=False)
+
     def evaluate(self, script: str) -> Any:
         """The value of an expression on the page; a promise is waited for.
 

@@ -153,6 +153,15 @@ def test_blocks_are_cycles_and_add_up() -> None:
     )
     assert len(blocks) == output.statistics.num_cycles and output.request_id == handle.request_id == "mine"
     assert all(block.sources[:-1] == ("draft",) * (len(block.sources) - 1) for block in blocks)
+    assert sum(block.num_draft_tokens for block in blocks) == output.statistics.num_draft_tokens
+    for block in blocks:
+        assert block.drafter == ("expert" if block.num_draft_tokens else None)
+        if block.sources[-1] == "target":
+            assert len(block.refused) == block.num_draft_tokens - block.sources.count("draft")
+            assert block.refused[:1] != block.tokens[-1:], "a refused draft came after all"
+        else:
+            assert block.refused == (), "what lies behind the end was not refused"
+    assert any(block.refused for block in blocks)
     timings = output.timings
     assert timings.started is not None and timings.first_token is not None and timings.ended is not None
     assert timings.submitted <= timings.started <= timings.first_token <= timings.ended

@@ -101,7 +101,12 @@ LAYERS = [
     {"specproxy.integrations.lm_eval"},
     {"specproxy"},
     {"specproxy.server.wire", "specproxy.server.settings", "specproxy.server.logs", "specproxy.server.metrics"},
-    {"specproxy.server.errors", "specproxy.server.logprobs", "specproxy.server.streams"},
+    {
+        "specproxy.server.errors",
+        "specproxy.server.logprobs",
+        "specproxy.server.playground",
+        "specproxy.server.streams",
+    },
     {"specproxy.server.service", "specproxy.server.gate"},
     {"specproxy.server.follow"},
     {"specproxy.server.answers"},

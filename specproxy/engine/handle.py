@@ -45,11 +45,17 @@ class Block:
         tokens: their ids; an end token is among them.
         sources: for each, "draft" (proposed and accepted) or "target" (residual or bonus).
         logprobs: for each, where the request asked for them.
+        drafter: who drafted; None in a cycle without drafts.
+        num_draft_tokens: drafts that were verified, as `SpeculationStats` counts them.
+        refused: the drafts of a chain from the refused one on, in whose place the last token stands; of a tree none.
     """
 
     tokens: tuple[int, ...]
     sources: tuple[str, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None
+    drafter: str | None = None
+    num_draft_tokens: int = 0
+    refused: tuple[int, ...] = ()
 
 
 @dataclass

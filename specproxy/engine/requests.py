@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specproxy.config import MAX_DRAFT_TOKENS, SamplingParameters, check_integer, check_number
-from specproxy.engine.handle import RequestHandle, RequestOutput, TokenLogprob
+from specproxy.engine.handle import Block, RequestHandle, RequestOutput, TokenLogprob
 from specproxy.engine.logprobs import token_logprobs
 from specproxy.errors import ConfigurationError, PromptError
 from specproxy.options import parse_options
@@ -71,6 +71,7 @@ class Request:
     fault: str | None = None
     failure: str | None = None
     num_sent: int = 0
+    num_drafts_told: int = 0
     num_reused_tokens: int = 0
     sent_logprobs: list[TokenLogprob] = field(default_factory=list)
     scored_prompt: list[TokenLogprob | None] = field(default_factory=lambda: [None])
@@ -100,6 +101,17 @@ class Request:
         new = token_logprobs(torch.stack(logits), self.row.tokens[self.num_sent :], self.logprobs)
         self.sent_logprobs += new
         return tuple(new)
+
+    def take_block(self, logprobs: tuple[TokenLogprob, ...] | None) -> Block | None:
+        """The tokens that came in the last cycle; None where none did."""
+        row, first = self.row, self.num_sent
+        assert row.statistics is not None
+        if len(row.tokens) == first:
+            return None
+        num_drafts = row.statistics.num_draft_tokens - self.num_drafts_told
+        self.num_sent, self.num_drafts_told = len(row.tokens), row.statistics.num_draft_tokens
+        tokens, sources = tuple(row.tokens[first:]), tuple(row.sources[first:])
+        return Block(tokens, sources, logprobs, row.drafter, num_drafts, tuple(row.refused))
 
     def output(self, reason: str, error: str | None = None) -> RequestOutput:
         """What the request has come to."""

@@ -16,7 +16,6 @@ from time import monotonic
 import torch
 
 from specproxy.decode import evict_finished, step
-from specproxy.engine.handle import Block
 from specproxy.engine.logprobs import token_logprobs
 from specproxy.engine.prefixes import PrefixStore
 from specproxy.engine.requests import Request, describe
@@ -374,14 +373,14 @@ class Scheduler:
 
     def _deliver(self, request: Request) -> None:
         """Hand a row's new tokens out, and its end where it has come."""
-        row, first, logprobs = request.row, request.num_sent, None
+        row, logprobs = request.row, None
         try:
             logprobs = request.take_logprobs()
         except Exception as error:
             row.finish_reason, request.failure = "error", f"its logprobs could not be made: {describe(error)}"
-        if len(row.tokens) > first:
-            request.num_sent = len(row.tokens)
-            request.handle.put(Block(tuple(row.tokens[first:]), tuple(row.sources[first:]), logprobs))
+        block = request.take_block(logprobs)
+        if block is not None:
+            request.handle.put(block)
         if row.finish_reason is not None:
             self._finish(request, *request.ending)
 

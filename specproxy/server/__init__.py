@@ -10,6 +10,7 @@ streams.py    server-sent events, clients that leave
 errors.py     failures in OpenAI's form
 gate.py       names, key, bounds and the log of requests
 metrics.py    figures for Prometheus
+playground.py a page to try all this
 routes.py     the routes
 app.py        the application
 run.py        uvicorn around it, draining at its end

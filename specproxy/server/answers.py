@@ -15,7 +15,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletio
 from openai.types.chat import chat_completion_chunk as chunk_types
 from openai.types.completion_usage import PromptTokensDetails
 
-from specproxy.engine import RequestOutput
+from specproxy.engine import Block, RequestOutput
 from specproxy.server.follow import Piece, Result
 from specproxy.server.logprobs import TokenTexts
 from specproxy.server.service import Choice
@@ -104,9 +104,20 @@ class _Form:
             extras["token_ids"] = list(piece.tokens)
         if self.request.return_speculation:
             extras["speculation"] = {"token_texts": piece.texts, "token_sources": list(piece.sources)}
+            if piece.block is not None:
+                extras["speculation"]["cycle"] = self._cycle(piece.block)
             if piece.end is not None:
                 extras["speculation"] |= _speculation(piece.end)
         return extras
+
+    def _cycle(self, block: Block) -> dict[str, Any]:
+        """What became of a cycle's drafts."""
+        return {
+            "drafter": block.drafter,
+            "num_draft_tokens": block.num_draft_tokens,
+            "num_accepted_tokens": block.sources.count("draft"),
+            "refused_texts": [self.token_texts.text(token) for token in block.refused],
+        }
 
     def _result_extras(self, result: Result) -> dict[str, Any]:
         end = result.end

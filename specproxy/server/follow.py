@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from time import monotonic
 
-from specproxy.engine import RequestOutput, TokenLogprob
+from specproxy.engine import Block, RequestOutput, TokenLogprob
 from specproxy.server.errors import WireError
 from specproxy.server.metrics import Metrics
 from specproxy.server.service import Choice
@@ -29,6 +29,7 @@ class Piece:
         text: to show; empty where a character or a possible stop string is not complete.
         texts: of each token.
         tokens, sources, logprobs: as in the engine's block.
+        block: itself; None in the last piece.
         end: how the choice ended, in its last piece.
     """
 
@@ -38,6 +39,7 @@ class Piece:
     tokens: tuple[int, ...] = ()
     sources: tuple[str, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    block: Block | None = None
     end: RequestOutput | None = None
 
 
@@ -70,7 +72,7 @@ async def follow(choice: Choice, metrics: Metrics) -> AsyncGenerator[Piece, None
             metrics.inter_token_latency.observe(now - before)
         before = now
         texts = [text.push(token) for token in block.tokens]
-        yield Piece(choice, "".join(texts), texts, block.tokens, block.sources, block.logprobs or ())
+        yield Piece(choice, "".join(texts), texts, block.tokens, block.sources, block.logprobs or (), block)
     output = await handle.wait()
     check_end(output)
     yield Piece(choice, text.finish(), end=output)

@@ -22,7 +22,8 @@ from specproxy.server.settings import ServerSettings
 
 __all__ = ["Context", "Gate", "context_of"]
 
-_OPEN = ("/health", "/metrics", "/version")  # probes and scrapers carry no key
+# Probes and scrapers carry no key, and the page asks for it before it can send any.
+_OPEN = ("/", "/health", "/metrics", "/version")
 _SCOPE_KEY = "specproxy"
 _NAME = re.compile(r"[\x21-\x7e]{1,128}")
 

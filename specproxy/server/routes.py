@@ -18,6 +18,7 @@ from specproxy.server.follow import collect, follow_all, release
 from specproxy.server.gate import context_of
 from specproxy.server.logprobs import TokenTexts
 from specproxy.server.metrics import Metrics
+from specproxy.server.playground import playground_response
 from specproxy.server.service import Choice, Prompt, Service
 from specproxy.server.streams import DONE, EventStream, event, unless_disconnected
 from specproxy.server.wire import (
@@ -173,6 +174,11 @@ def make_router(service: Service, metrics: Metrics) -> APIRouter:
         return {"prompt": service.decode(request.tokens)}
 
     # The server itself.
+
+    @router.get("/", include_in_schema=False)
+    async def playground() -> Response:
+        """A page to try the server."""
+        return playground_response()
 
     @router.get("/health", tags=["server"])
     async def health() -> Response:
