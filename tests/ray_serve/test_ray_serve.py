@@ -29,7 +29,7 @@ if importlib.util.find_spec("ray") is None:
         allow_module_level=True,
     )
 
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_ENABLE_HA_PROXY": "0"}
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import ray
 from ray import serve
@@ -41,7 +41,7 @@ from specproxy.integrations.ray_serve.replica import HEADER, Replica, bind
 # In float64 greedy tokens are those of per-step decoding, whatever else a replica decodes beside them.
 OPTIONS = {"demo": "arithmetic", "dtype": "float64", "num_cpus": 0.5, "health_check_period": 1.0}
 SUM = "Question: What is 347 + 68?\nAnswer:"
-LONG = 320
+LONG = 1200
 NEVER = 10**6  # an end id that no model yields
 
 
@@ -108,7 +108,7 @@ class Stream(threading.Thread):
 
     def run(self) -> None:
         """Read until the end, or until it breaks off."""
-        long = body(SUM, LONG, stream=True, ignore_eos=True)
+        long = body(SUM, LONG, stream=True, ignore_eos=True, num_draft_tokens=0)
         try:
             with httpx.stream("POST", f"{self.address}/v1/completions", json=long, timeout=120) as response:
                 self.replica = response.headers.get(HEADER, "")
@@ -171,7 +171,7 @@ def test_streams_arrive_while_the_replica_decodes(pair: str) -> None:
     stream.join()
     assert stream.is_complete
     assert stream.tokens == expected(SUM, LONG, ends=False)
-    assert len(stream.chunks) >= LONG / 5  # a chunk a cycle, of four drafts and one more
+    assert len(stream.chunks) > LONG // 2  # a chunk a token, but for those that make no text yet
     print(f"\n{LONG} tokens in {len(stream.chunks)} chunks")
 
 
