@@ -149,6 +149,7 @@ def test_drafters_in_turn(monkeypatch: pytest.MonkeyPatch, settings: dict[str, A
     """The assistant comes back after cycles of others: what it has missed is read, what was refused is forgotten."""
 
     class Script:
+        offers_wanted = 0
         names = ("assistant", "expert", "assistant", "lookup", "cascade", "expert", "assistant", "assistant")
 
         def __init__(self, *arguments: Any) -> None:

@@ -18,9 +18,9 @@ from test_untouched import fingerprint
 
 from specproxy import ConfigurationError, ProxyTunedModel, RowStreamer, SpecProxyError, UnsupportedModelError
 from specproxy.adapters import is_adapter
-from specproxy.auto import AutoPolicy
 from specproxy.check import check_folders
 from specproxy.costs import ForwardTime
+from specproxy.cycle_times import CycleTimes
 from specproxy.draft.expert import ExpertDrafter
 from specproxy.policy import CycleReport, Plan
 from specproxy.state import Draft
@@ -341,11 +341,11 @@ def test_states_of_a_peft_model_that_are_refused():
 
 def test_auto_counts_no_step_that_a_shared_pass_saves():
     """The expert's last position costs nothing beside the anti-expert's forward, in per-step cycles too."""
-    policy = AutoPolicy()
+    times = CycleTimes((0, 4))
     for count in (4, 0, 4, 0):
         steps = [ForwardTime("expert", 1, 1, 1.0)] * count
         scores = [ForwardTime("anti_expert", 1, count + 1, 1.0), ForwardTime("base", 1, count + 1, 10.0)]
-        policy.observe(CycleReport(Plan(count), (0,), (count,), (count,), (*steps, *scores), 11.0 + count))
-    choice = policy._choice(1)
-    assert choice.bonus == 0.0
-    assert choice.seconds[0] == pytest.approx(11, rel=0.02) and choice.seconds[4] == pytest.approx(15, rel=0.02)
+        times.hear(CycleReport(Plan(count), (0,), (count,), (count,), (*steps, *scores), 11.0 + count))
+    chain = times.chain("expert", 1)
+    assert chain.bonus == 0.0
+    assert chain.seconds.tolist() == pytest.approx([11, 15], rel=0.02)

@@ -103,8 +103,8 @@ LOOP_MUTANTS = [
     Mutant(
         "anti-expert reads one token late",
         "specproxy.verify",
-        "by_role[role] = runners.by_role[role].forward(tokens)",
-        "by_role[role] = runners.by_role[role].forward(tokens.roll(1, 1))",
+        "by_role[role] = score(role, tokens)",
+        "by_role[role] = score(role, tokens.roll(1, 1))",
     ),
     Mutant(
         "rollback one too few",
