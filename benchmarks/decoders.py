@@ -23,7 +23,7 @@ from specproxy.stats import TARGET
 from specproxy.streaming import RowStreamer
 from specproxy_kernels import row_keys, sample_drafts
 
-__all__ = ["Decode", "Decoded", "Options", "make_decoders", "single_model_loop"]
+__all__ = ["Decode", "Decoded", "Options", "make_decoders", "single_model_loop", "speculative"]
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ def make_decoders(
         `per_step`, `draft_G_RULE` for each number and rule, `plain_loop`, and `base_*` and `expert_*` alone: `_runtime`
         over this runtime's cache and attention, `_generate` with Transformers' generate, and `base_assisted`.
     """
-    decoders: dict[str, Decode] = {"per_step": _ours(model, options, 0, "rejection")}
+    decoders: dict[str, Decode] = {"per_step": speculative(model, options, 0, "rejection")}
     for count in drafts:
         for rule in rules:
-            decoders[f"draft_{count}_{rule}"] = _ours(model, options, count, rule)
+            decoders[f"draft_{count}_{rule}"] = speculative(model, options, count, rule)
     decoders["plain_loop"] = _plain(model, options)
     for role in ("base", "expert"):
         decoders[f"{role}_runtime"] = _alone(model, getattr(model, role), options)
@@ -99,7 +99,22 @@ def _cut(rows: list[list[int]], eos: frozenset[int]) -> list[list[int]]:
     return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
-def _ours(model: ProxyTunedModel, options: Options, count: int | str, rule: str) -> Decode:
+def speculative(
+    model: ProxyTunedModel,
+    options: Options,
+    count: int | str,
+    rule: str,
+    drafter: str | None = None,
+    num_tree_tokens: int = 0,
+) -> Decode:
+    """This runtime.
+
+    Args:
+        model: the trio.
+        options: law, budget and ends.
+        count, rule, drafter, num_tree_tokens: as in `SpeculationParameters`.
+    """
+
     def decode(input_ids: Tensor, attention_mask: Tensor, seed: int, watch: Stopwatch) -> Decoded:
         output: Any = model.generate(
             input_ids,
@@ -107,6 +122,8 @@ def _ours(model: ProxyTunedModel, options: Options, count: int | str, rule: str)
             max_new_tokens=options.max_new_tokens,
             num_draft_tokens=count,  # type: ignore[arg-type]
             acceptance=rule,
+            drafter=drafter,
+            num_tree_tokens=num_tree_tokens,
             seed=seed,
             eos_token_id=list(options.eos_token_ids),
             pad_token_id=options.pad_token_id,

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,19 +28,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 
 import torch
-import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from benchmarks.decoders import Options, make_decoders
 from benchmarks.grow import cost_parameters
-from benchmarks.measure import ForwardClock, synchroniser
+from benchmarks.measure import machine
 from benchmarks.prompts import demo_prompts, load_prompts
-from benchmarks.runs import Run, run_once, summarise
+from benchmarks.runs import pad_batches, summarise, take_turns
 from benchmarks.tables import plot, print_tables, require_matplotlib
 from benchmarks.trios import add_trio_arguments, check_trio, load_trio, quiet
-from specproxy import ProxyTunedModel, SpecProxyError, __version__
+from specproxy import ProxyTunedModel, SpecProxyError
 from specproxy.config import SamplingParameters, SpeculationParameters
 
 __all__ = ["main", "measured"]
@@ -144,14 +140,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     record["arguments"] = {
         name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
     }
-    record["machine"] = {
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "specproxy": __version__,
-    }
+    record["machine"] = machine(model.device)
     print_tables(console, record)
     if options.plot is not None:
         plot(record, options.plot)
@@ -162,20 +151,6 @@ def _described(model: Any) -> dict[str, Any]:
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     shape = {name: getattr(model.config, name, None) for name in (*names, "vocab_size")}
     return {"parameters": sum(p.numel() for p in model.parameters()), "read": cost_parameters(model), **shape}
-
-
-def _batches(prompts: list[list[int]], size: int, pad: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Left-padded (input_ids, attention_mask) of `size` rows each; prompts repeat to fill the last one."""
-    missing = -len(prompts) % size
-    prompts = prompts + [prompts[i % len(prompts)] for i in range(missing)]
-    batches = []
-    for start in range(0, len(prompts), size):
-        rows = prompts[start : start + size]
-        width = max(map(len, rows))
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-        batches.append((ids, mask))
-    return batches
 
 
 def _measure_batch(
@@ -193,32 +168,12 @@ def _measure_batch(
         for name, decode in decoders.items()
         if name == "per_step" or not name.startswith(tuple(options.skip) or ("\0",))
     }
-    batches = _batches(prompts, size, shared.pad_token_id, model.device)
-    synchronise = synchroniser(model.device)
-    is_async = model.device.type != "cpu"
+    batches = pad_batches(prompts, size, shared.pad_token_id, model.device)
     models = {"base": model.base, "expert": model.expert, "anti_expert": model.anti_expert}
-    runs: dict[str, list[Run]] = {name: [] for name in decoders}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress, ForwardClock(models) as clock:
-        rounds = options.repeats + 1 + is_async
-        bar = progress.add_task(f"batch size {size}", total=rounds * len(decoders))
-
-        def once(name: str, seed: int, count: int | None = None) -> Run:
-            progress.update(bar, description=f"batch size {size}: {name}")
-            run = run_once(decoders[name], batches[:count], seed, clock, synchronise)
-            progress.advance(bar)
-            return run
-
-        for name in decoders:
-            once(name, options.seed, count=1)
-        for repeat in range(options.repeats):
-            for name in list(decoders) if repeat % 2 == 0 else reversed(decoders):
-                runs[name].append(once(name, options.seed + repeat))
-        profiles = runs
-        if is_async:  # a synchronised repeat of its own: its forwards count as they run, its total is not reported
-            clock.synchronise = synchronise
-            profiles = {name: [once(name, options.seed)] for name in decoders}
-    return {"batch_size": size, **summarise(runs, profiles, size, greedy=not options.do_sample)}
+    title = f"batch size {size}"
+    runs, profiles = take_turns(decoders, batches, models, options.seed, options.repeats, title, console)
+    same = {} if options.do_sample else dict.fromkeys(decoders, "per_step")
+    return {"batch_size": size, **summarise(runs, profiles, size, same)}
 
 
 if __name__ == "__main__":

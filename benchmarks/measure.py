@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +14,23 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import transformers
 
-__all__ = ["Forward", "ForwardClock", "Stopwatch", "paired_ratio", "peak_memory", "synchroniser"]
+from specproxy import __version__
+
+__all__ = ["Forward", "ForwardClock", "Stopwatch", "machine", "paired_ratio", "peak_memory", "synchroniser"]
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a record says of where it was made: device, threads, versions."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "specproxy": __version__,
+    }
 
 
 def synchroniser(device: torch.device) -> Callable[[], None]:

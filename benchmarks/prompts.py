@@ -7,7 +7,14 @@ from pathlib import Path
 from specproxy import demo
 from specproxy.problems import QUESTION, held_out, load_problems
 
-__all__ = ["QUESTION", "demo_prompts", "load_prompts"]
+__all__ = ["QUESTION", "demo_prompts", "load_prompts", "repetitive_prompts"]
+
+# Lists that go on and code that comes again: the embedded trio continues them by repeating what stands before.
+_REPETITIVE = (
+    "import os\nimport sys\nimport json\n" * 6,
+    "x = x + 1\n" * 12,
+    'def add(a, b):\n    """Add two numbers.\n\n' + "    >>> add(1, 2)\n    3\n" * 6,
+)
 
 
 def load_prompts(path: Path, template: str = QUESTION) -> list[str]:
@@ -21,6 +28,11 @@ def load_prompts(path: Path, template: str = QUESTION) -> list[str]:
         PromptError: naming the line that holds no prompt, or for a file without any.
     """
     return [problem.prompt for problem in load_problems(path, template)]
+
+
+def repetitive_prompts(count: int) -> list[str]:
+    """At most `count` texts whose continuation by the embedded trio repeats them, for drafters that copy."""
+    return list(_REPETITIVE[:count])
 
 
 def demo_prompts(task: str, count: int) -> list[str]:

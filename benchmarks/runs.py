@@ -1,21 +1,24 @@
-"""One timed run of a way of decoding, and what many of them say. Knows no models and no command line."""
+"""Timed runs of ways of decoding, in turns, and what many of them say. Knows no models and no command line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import mean, median
 from typing import Any
 
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from benchmarks.decoders import Decode
-from benchmarks.measure import Forward, ForwardClock, Stopwatch, paired_ratio, peak_memory
+from benchmarks.measure import Forward, ForwardClock, Stopwatch, paired_ratio, peak_memory, synchroniser
 from benchmarks.theory import Costs, acceptance_probability, speed_up
 from specproxy import SpeculationStats
 from specproxy.theory import speedup_over_base, speedup_over_per_step
 
-__all__ = ["Run", "run_once", "summarise"]
+__all__ = ["Run", "pad_batches", "run_once", "summarise", "take_turns"]
 
 ROLES = ("expert", "anti_expert", "base")
 #: What speeds are set against, where it ran.
@@ -90,8 +93,70 @@ def run_once(
     return run
 
 
+def pad_batches(prompts: list[list[int]], size: int, pad: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Left-padded (input_ids, attention_mask) of `size` rows each; prompts repeat to fill the last one."""
+    missing = -len(prompts) % size
+    prompts = prompts + [prompts[i % len(prompts)] for i in range(missing)]
+    batches = []
+    for start in range(0, len(prompts), size):
+        rows = prompts[start : start + size]
+        width = max(map(len, rows))
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        batches.append((ids, mask))
+    return batches
+
+
+def take_turns(
+    decoders: dict[str, Decode],
+    batches: list[tuple[Tensor, Tensor]],
+    models: dict[str, Any],
+    seed: int,
+    repeats: int,
+    title: str,
+    console: Console,
+) -> tuple[dict[str, list[Run]], dict[str, list[Run]]]:
+    """Run all ways of decoding repeat by repeat, forwards and backwards, after a first batch that is not counted.
+
+    Args:
+        decoders: ways of decoding, by name.
+        batches: input ids and attention masks, [B, S]; a repeat decodes all of them.
+        models: by role, those whose forwards are clocked.
+        seed: of the first batch of the first repeat.
+        repeats: of every way.
+        title: for the eyes, on the console.
+
+    Returns:
+        Per name the timed repeats, and the runs whose forwards were clocked faithfully: on a device that runs behind
+        the host, one more repeat that waits after every forward, whose own time is not to be reported.
+    """
+    device = batches[0][0].device
+    synchronise, is_async = synchroniser(device), device.type != "cpu"
+    runs: dict[str, list[Run]] = {name: [] for name in decoders}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress, ForwardClock(models) as clock:
+        bar = progress.add_task(title, total=(repeats + 1 + is_async) * len(decoders))
+
+        def once(name: str, seed: int, count: int | None = None) -> Run:
+            progress.update(bar, description=f"{title}: {name}")
+            run = run_once(decoders[name], batches[:count], seed, clock, synchronise)
+            progress.advance(bar)
+            return run
+
+        for name in decoders:
+            once(name, seed, count=1)
+        for repeat in range(repeats):
+            for name in list(decoders) if repeat % 2 == 0 else reversed(decoders):
+                runs[name].append(once(name, seed + repeat))
+        profiles = runs
+        if is_async:
+            clock.synchronise = synchronise
+            profiles = {name: [once(name, seed)] for name in decoders}
+    return runs, profiles
+
+
 def summarise(
-    runs: dict[str, list[Run]], profiles: dict[str, list[Run]], batch_size: int, greedy: bool
+    runs: dict[str, list[Run]], profiles: dict[str, list[Run]], batch_size: int, same: Mapping[str, str]
 ) -> dict[str, Any]:
     """Figures of every way of decoding, paired ratios, and the theory's share.
 
@@ -99,7 +164,7 @@ def summarise(
         runs: per name, the timed repeats, in the order of their pairing; `per_step` among them.
         profiles: per name, the runs whose forwards were clocked faithfully.
         batch_size: rows of a call.
-        greedy: whether speculation must have given the tokens of `per_step`.
+        same: names of those that must have given the tokens of another one, with its name.
 
     Returns:
         JSON-ready: `cost_ratio`, `decoders`, `theory`.
@@ -122,8 +187,8 @@ def summarise(
             "acceptance": _acceptance(own),
             "over": {other: paired_ratio(speeds[name], speeds[other]) for other in REFERENCES if other in runs},
         }
-        if greedy and own[0].speculation and name != "per_step":
-            pairs = zip(own, runs["per_step"], strict=True)
+        if name in same and own[0].speculation and name != same[name]:
+            pairs = zip(own, runs[same[name]], strict=True)
             decoders[name]["same_tokens_as_per_step"] = all(a.tokens == b.tokens for a, b in pairs)
     theory = {
         name: _theory(decoders[name], profiles[name], token_seconds, cost_ratio, batch_size)

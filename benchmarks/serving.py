@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import random
 import statistics
 import sys
@@ -29,17 +28,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.calibrate import step_seconds
-from benchmarks.measure import paired_ratio
+from benchmarks.measure import machine, paired_ratio
 from benchmarks.prompts import demo_prompts, load_prompts
 from benchmarks.tables import require_matplotlib
 from benchmarks.trios import add_trio_arguments, check_trio, load_trio, quiet
-from specproxy import Engine, ProxyTunedModel, SpecProxyError, __version__
+from specproxy import Engine, ProxyTunedModel, SpecProxyError
 from specproxy.config import SpeculationParameters
 from specproxy.engine import RequestOutput
 
@@ -287,14 +285,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 _measure_load(model, prompts, load, settings, options, lambda: progress.advance(bar)) for load in loads
             ]
     record["arguments"] = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
-    record["machine"] = {
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "specproxy": __version__,
-    }
+    record["machine"] = machine(model.device)
     _print_table(console, record)
     if options.plot is not None:
         _plot(record, options.plot)
