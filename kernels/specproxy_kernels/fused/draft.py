@@ -173,12 +173,12 @@ def sample_candidates(
     device = logits.device
     # Every node is a row of its own, with the draws of its sequence.
     flat = logits.reshape(rows, 1, -1)
-    own = NoiseStream(
-        *(
-            None if value is None else value[:, None].expand(-1, nodes).flatten()
-            for value in (noise.key, noise.start, noise.block_start)
-        )
-    )
+
+    def spread(value: Tensor) -> Tensor:
+        return value[:, None].expand(-1, nodes).flatten()
+
+    block_start = None if noise.block_start is None else spread(noise.block_start)
+    own = NoiseStream(spread(noise.key), spread(noise.start), block_start)
     repeated = repeat_rows(parameters, nodes)
     prepared = arguments.prepare(flat, [], repeated, drafts.reshape(rows, -1), vocab_size, one_position=True)
     keys, blocks = arguments.noise_keys(own)
