@@ -96,11 +96,11 @@ def complete(address: str, prompt: str, count: int) -> tuple[str, list[int]]:
 
 
 class Stream(threading.Thread):
-    """A long stream that is read in a thread."""
+    """A stream of `count` tokens that is read in a thread."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, count: int = LONG) -> None:
         super().__init__(daemon=True)
-        self.address = address
+        self.address, self.count = address, count
         self.replica = ""
         self.chunks: list[list[int]] = []
         self.is_complete = False
@@ -108,7 +108,7 @@ class Stream(threading.Thread):
 
     def run(self) -> None:
         """Read until the end, or until it breaks off."""
-        long = body(SUM, LONG, stream=True, ignore_eos=True, num_draft_tokens=0)
+        long = body(SUM, self.count, stream=True, ignore_eos=True, num_draft_tokens=0)
         try:
             with httpx.stream("POST", f"{self.address}/v1/completions", json=long, timeout=120) as response:
                 self.replica = response.headers.get(HEADER, "")
@@ -240,9 +240,9 @@ def test_a_dead_engine_has_its_replica_replaced(address: str) -> None:
 
 def test_a_stopped_application_finishes_what_it_has(address: str) -> None:
     serve.run(build_app(OPTIONS), name="last", route_prefix="/last")
-    stream = Stream(f"{address}/last")
+    stream = Stream(f"{address}/last", 200)  # well within drain_timeout
     stream.start()
     assert stream.first.wait(120) and stream.chunks
     serve.delete("last")
     stream.join()
-    assert stream.is_complete and stream.tokens == expected(SUM, LONG, ends=False)
+    assert stream.is_complete and stream.tokens == expected(SUM, 200, ends=False)
