@@ -85,6 +85,9 @@ def test_ratio_of_tokens_a_cycle() -> None:
     # Two pairs of runs, the ratio of each 2 and 1: their mean is 1.5, its standard error half their distance.
     spread = tokens_a_cycle_ratio([run((8, 2)), run((4, 2))], [run((4, 2)), run((4, 2))])
     assert spread == pytest.approx({"over": 3, "under": 2, "ratio": 1.5, "standard_error": 0.5})
+    # Both sides vary, together: each pair's ratio is 2, and nothing is left to chance.
+    together = tokens_a_cycle_ratio([run((8, 2)), run((4, 2))], [run((4, 2)), run((2, 2))])
+    assert together == pytest.approx({"over": 3, "under": 1.5, "ratio": 2, "standard_error": 0})
 
 
 def test_coupled_acceptance_lies_between_its_bounds() -> None:
