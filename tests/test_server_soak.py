@@ -77,28 +77,28 @@ class Soak:
         body["logit_bias"] = {str(POISON): -100}
         body |= {"stream": self.draw.random() < 0.5, "num_draft_tokens": self.draw.choice([0, 2, 4])}
         if kind == "malformed":
-            response = await client.post("/v1/completions", content=self.draw.choice(MALFORMED), headers=HEADERS)
+            response = await self._post(client, content=self.draw.choice(MALFORMED), headers=HEADERS)
             self.outcomes[f"malformed {response.status_code}"] += 1
         elif kind == "poisoned":
-            response = await self._post(client, body | {"prompt": f"{prompt} q", "stream": False})
+            response = await self._post(client, json=body | {"prompt": f"{prompt} q", "stream": False})
             self.outcomes[f"poisoned {response.status_code}"] += 1
         elif kind == "cancelled":
             body |= {"max_tokens": 100, "num_draft_tokens": 0}
-            request = asyncio.create_task(self._post(client, body))
+            request = asyncio.create_task(self._post(client, json=body))
             await asyncio.sleep(self.draw.random() * 0.3)
             request.cancel()
             await asyncio.gather(request, return_exceptions=True)
             self.outcomes["cancelled" if request.cancelled() else "too late to cancel"] += 1
         else:
-            response = await self._post(client, body)
+            response = await self._post(client, json=body)
             self.outcomes[f"healthy {response.status_code}"] += 1
             if response.status_code == 200:
                 self.texts.append((prompt, count, _text(response)))
 
-    async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> httpx.Response:
+    async def _post(self, client: httpx.AsyncClient, **request: Any) -> httpx.Response:
         """Post, again where the queue is full."""
         while True:
-            response = await client.post("/v1/completions", json=body)
+            response = await client.post("/v1/completions", **request)
             if response.status_code != 429:
                 return response
             assert float(response.headers["retry-after"]) > 0
