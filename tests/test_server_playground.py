@@ -124,6 +124,7 @@ def test_cancelling_stops_the_stream(app: Any, page: Browser) -> None:
       const speculation = {token_texts: ["a"], token_sources: ["target"], cycle};
       const chunk = `data: ${JSON.stringify({choices: [{text: "a", finish_reason: null, speculation}]})}\\n\\n`;
       window.fetch = async () => new Response(chunk.repeat(5));
+      panels.tuned.clear();  // now, so that the observer sees nothing but what comes
     })()""")
     together, _ = generate(page)
     assert (together["text"], together["state"]) == ("a", "cancelled")
