@@ -9,8 +9,8 @@ from specproxy.problems import QUESTION, held_out, load_problems
 
 __all__ = ["QUESTION", "demo_prompts", "load_prompts", "repetitive_prompts"]
 
-# Texts that the embedded Python trio goes on repeating, mostly in loops: chosen among 13 by how often lookup's drafts were
-# accepted. They show what lookup gives where a text repeats, not how often texts do.
+# Texts that the embedded Python trio goes on repeating, mostly in loops: chosen among 13 by how often lookup's drafts
+# were accepted. They show what lookup gives where a text repeats, not how often texts do.
 _REPETITIVE = (
     "import os\nimport sys\nimport json\n" * 6,
     "x = x + 1\n" * 12,
