@@ -18,6 +18,7 @@ SERVE = [
     "uvicorn>=0.30",
     "openai>=2",
     "prometheus-client>=0.20",
+    "llguidance>=1.3",  # structured output
 ]
 BENCH = [
     "matplotlib>=3.8",  # charts

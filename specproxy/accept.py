@@ -38,7 +38,8 @@ def accept(state: DecodeState, runners: TrioRunners, noise: NoiseStream, draft: 
     """
     if draft.tree is not None:
         return Outcome(*walk(state, runners, noise, draft, window))
-    shared = (draft.law, state.warp(draft.count + 1), noise, state.vocab_size)
+    parameters = state.constrain(state.warp(draft.count + 1), draft.tokens)
+    shared = (draft.law, parameters, noise, state.vocab_size)
     if kernel_path(state.device) == "triton":
         # Asking whether any row reaches the bonus position would synchronise, which costs more than its step.
         bonus_step(state, runners, draft, window)
@@ -72,6 +73,7 @@ def would_accept(state: DecodeState, noise: NoiseStream, window: WindowLogits) -
     nothing = torch.empty(shape, dtype=torch.long, device=state.device)
     drafts, law = draw_draft(state, window.by_role[EXPERT], parameters, nothing, noise)
     base, pairs = _law_inputs(state, nothing, window)
+    parameters = state.constrain(parameters, nothing)
     shared = (drafts, torch.ones_like(drafts[:, 0]), law, parameters, noise, state.vocab_size)
     if kernel_path(state.device) == "triton":
         # The kernels ask for a bonus position: this one again, whose token nobody reads.

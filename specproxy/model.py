@@ -344,7 +344,8 @@ class ProxyTunedModel:
                 begin_suppress_tokens, sequence_bias, exponential_decay_length_penalty, forced_bos_token_id,
                 forced_eos_token_id, remove_invalid_values, renormalize_logits, prefix_allowed_tokens_fn,
                 logits_processor and stopping_criteria (pure functions, called per row with that row's unpadded prefix
-                [1, L]); and, as OpenAI defines them, presence_penalty and frequency_penalty.
+                [1, L]); as OpenAI defines them, presence_penalty and frequency_penalty; and grammar, which every row is
+                held to (see `specproxy.grammar`).
 
         Returns:
             int64 [B * num_return_sequences, S + new], or a `GenerateOutput` with `sequences`, `speculation` and, where

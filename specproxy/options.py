@@ -48,7 +48,7 @@ _LENGTH = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_
 _OUTPUT = ("num_return_sequences", "output_scores", "output_logits", "return_dict_in_generate")
 _FLAGS = ("output_scores", "output_logits", "return_dict_in_generate", "remove_invalid_values", "renormalize_logits")
 _IDS = ("eos_token_id", "pad_token_id")
-_CALLABLES = ("prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria", "tokenizer")
+_CALLABLES = ("prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria", "tokenizer", "grammar")
 _FROM_CONFIG = (*_LAW, *_SAMPLING, *_LENGTH, *_OUTPUT, *_IDS)
 
 # What cannot be had, with the alternative; a value in the second place is harmless and passes.
@@ -204,6 +204,7 @@ def parse_options(
         **{name: values[name] for name in _LAW if name in values},
         prefix_allowed_tokens_fn=values.get("prefix_allowed_tokens_fn"),
         logits_processor=_listed(values.get("logits_processor")),
+        grammar=values.get("grammar"),
     )
     return GenerationOptions(
         law=law,

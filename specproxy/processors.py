@@ -40,6 +40,7 @@ from transformers import (
 
 from specproxy.config import SamplingParameters, check_integer, check_number
 from specproxy.errors import ConfigurationError
+from specproxy.grammar import Grammar, GrammarProcessor, GrammarWalk
 
 __all__ = [
     "LawOptions",
@@ -104,6 +105,7 @@ class RowLaw:
     bans: tuple[TokenBan, ...] = ()
     removes_invalid: bool = False  # whether the processors take NaN and infinities
     bias: tuple[tuple[int, float], ...] = ()  # per token id, added to its logit
+    grammar: GrammarWalk | None = None  # where no processor holds the row to it
 
     def process(self, prefix: Tensor, logits: Tensor) -> Tensor:
         """Processed logits [V] of one position, whose prefix is int64 [1, L]."""
@@ -134,6 +136,7 @@ class LawOptions:
     renormalize_logits: bool | None = None
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None
     logits_processor: Sequence[Processor] = field(default=())
+    grammar: Grammar | None = None  # no argument of Transformers
 
     def __post_init__(self) -> None:
         for name in ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"):
@@ -154,6 +157,8 @@ class LawOptions:
             raise ConfigurationError(
                 f"prefix_allowed_tokens_fn={self.prefix_allowed_tokens_fn!r} must be a function of (row, prefix)."
             )
+        if self.grammar is not None and not callable(getattr(self.grammar, "walk", None)):
+            raise ConfigurationError(f"grammar={self.grammar!r} is no grammar; give one of specproxy.structured.")
         for processor in self.logits_processor:
             names = {cls.__name__ for cls in type(processor).__mro__}
             if names.intersection(_STATEFUL):
@@ -242,14 +247,20 @@ def row_law(
         eos_token_ids=eos_token_ids,
         device=device,
     )
+    walk = None if options.grammar is None else options.grammar.walk()
     if not options.needs_python:  # they were built all the same, so that Transformers has checked their values
         return RowLaw(
-            options.sampling, bias=options.token_bias or (), bans=_bans(options, min_new_tokens, eos_token_ids)
+            options.sampling,
+            bias=options.token_bias or (),
+            bans=_bans(options, min_new_tokens, eos_token_ids),
+            grammar=walk,
         )
     processors = _merged(processors, options.logits_processor)
     sampling = replace(options.sampling, repetition_penalty=None, presence_penalty=None, frequency_penalty=None)
     if options.sampling.counts_output:
         processors.append(CountPenaltyProcessor(options.sampling, prompt_length))
+    if walk is not None:
+        processors.append(GrammarProcessor(walk, prompt_length))
     if options.has_python_warpers:
         processors += configured_warpers(options)
         sampling = replace(sampling, temperature=1.0, top_k=None, top_p=None, min_p=None)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from specproxy.config import MAX_DRAFT_TOKENS
+from specproxy.grammar import allowed_words
 from specproxy.processors import RowLaw
 from specproxy.schedule import CONSTANT, SCHEDULE_SIZE, AlphaSchedule, scheduled_strengths
 from specproxy.stats import SpeculationStats
@@ -185,7 +186,7 @@ class DecodeState:
         self.rule = rule
         self.roles = tuple(roles)
         self.records_logits = records_logits
-        self.has_processors = False
+        self.has_processors = self.has_grammars = False
         self.rows: list[Row] = []
         self.shared_ids = None if allowed is None else allowed.to(device)  # int32 [1, 1, ceil(V / 32)], None: all
         self._host_allowed = None if allowed is None else allowed.cpu()
@@ -314,6 +315,7 @@ class DecodeState:
         """Follow a change of rows: views, and the warp."""
         self._look(len(self.rows) if width is None else width)
         self.has_processors = any(row.law.processors for row in self.rows)
+        self.has_grammars = any(row.law.grammar is not None for row in self.rows)
         if not self.rows:
             self._warp = None
             return
@@ -373,7 +375,7 @@ class DecodeState:
     @property
     def needs_host(self) -> bool:
         """Whether the coming cycle has to look at the rows' own state on the host while it runs."""
-        return self.has_processors or self.records_logits or self.has_changing_bans
+        return self.has_processors or self.has_grammars or self.records_logits or self.has_changing_bans
 
     @property
     def is_dense(self) -> bool:
@@ -391,6 +393,29 @@ class DecodeState:
         if not self.has_changing_bans:
             return self._warp
         return replace(self._warp, allowed=self._allowed(self.rows, window).to(self.device))
+
+    def constrain(self, parameters: WarpParameters, drafts: Tensor) -> WarpParameters:
+        """A warp that holds rows to their grammars as well.
+
+        Args:
+            parameters: of a window that reaches past the drafts.
+            drafts: int64 [B, k].
+
+        Returns:
+            A warp for positions 0 .. k; `parameters` themselves where no row has a grammar.
+        """
+        if not self.has_grammars:
+            return parameters
+        count, size = drafts.shape[1] + 1, -(-self.vocab_size // 32)
+        words = torch.full((len(self.rows), count, size), -1, dtype=torch.int32)
+        for i, (row, tokens) in enumerate(zip(self.rows, drafts.tolist(), strict=True)):
+            if row.law.grammar is not None:
+                reach = row.remaining
+                words[i] = allowed_words(row.law.grammar, row.tokens, tokens, row.eos_token_ids, reach, size)
+        words = words.to(self.device)
+        return replace(
+            parameters, allowed=words if parameters.allowed is None else words & parameters.allowed[:, :count]
+        )
 
     @cached_property
     def _shared_words(self) -> list[int] | None:

@@ -61,7 +61,8 @@ class WindowLogits:
         combined = combined.masked_fill((bad & ~repairs[:, None])[..., None], torch.nan)
         processed = state.process(combined, drafts, first, num_drafts)
         position = torch.arange(first, last, device=drafts.device).expand(len(state), -1)
-        scores = warp_law(processed, state.warp(self.window), drafts, position).kept()
+        parameters = state.constrain(state.warp(self.window), drafts)
+        scores = warp_law(processed, parameters, drafts, position).kept()
         new = (combined, processed, scores)
         if first:
             old = (self.combined, self.processed, self.scores)

@@ -71,6 +71,7 @@ def walk(
         runner.cache.compact(slots)
     if path.misses_leaves and bool(waits.any()):
         path.run_leaves(runners, num_accepted, waits)
+        parameters = state.constrain(parameters, draft.tokens)
         drawn = path.draw_at(num_accepted, parameters, noise)
         token, status = torch.where(waits, drawn[0], token), torch.where(waits, drawn[1], status)
     window.take(path.window)
@@ -126,8 +127,9 @@ class _Path:
         The parameters' prefix holds the path; their allowed tokens are those of the window's positions.
         """
         self._enter()
+        tokens = torch.stack(self.tokens, dim=1) if self.tokens else self._nothing
+        parameters = self._state.constrain(parameters, tokens)
         if self._state.is_dense:
-            tokens = torch.stack(self.tokens, dim=1) if self.tokens else self._nothing
             self.window.resolve(self._state, tokens, num_accepted)
         return self.draw_at(torch.full_like(self._state.start, depth), parameters, noise)
 

@@ -457,7 +457,7 @@ def test_a_body_that_is_no_request(app, raw):
         {"messages": [{"role": "assistant", "content": "x"}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_object"}},  # this tokenizer has no end token
         {"top_logprobs": 2},
         {"max_tokens": 3, "max_completion_tokens": 4},
     ],

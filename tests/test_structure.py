@@ -40,6 +40,7 @@ LAYERS = [
         "specproxy.theory",
         "specproxy.costs",
         "specproxy.tree",
+        "specproxy.grammar",
     },
     {
         "specproxy.timing",
@@ -57,7 +58,7 @@ LAYERS = [
         "specproxy.stats",
         "specproxy.ranks",
     },
-    {"specproxy.packed", "specproxy.adapters"},
+    {"specproxy.packed", "specproxy.adapters", "specproxy.structured"},
     {
         "specproxy.attention",
         "specproxy.warp",
@@ -136,7 +137,15 @@ LAYERS = [
 EXTRAS = {
     "peft",
     *("lm_eval", "datasets", "yaml", "matplotlib"),  # lm_eval brings two of them
-    *("fastapi", "starlette", "pydantic", "uvicorn", "openai", "prometheus_client"),  # fastapi brings two of them
+    *(
+        "fastapi",
+        "starlette",
+        "pydantic",
+        "uvicorn",
+        "openai",
+        "prometheus_client",
+        "llguidance",
+    ),  # fastapi brings two of them
 }
 ENGINES = {"vllm", "ray"}  # in environments of their own
 # What each package may import beside the standard library and itself.

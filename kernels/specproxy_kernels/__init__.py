@@ -20,6 +20,7 @@ from specproxy_kernels.laws import (
     pack_allowed_tokens,
     pair_at,
     take_token,
+    unpack_allowed_tokens,
     warp_law,
 )
 from specproxy_kernels.noise import coin_noise, gumbel_noise, philox, row_keys
@@ -62,6 +63,7 @@ __all__ = [
     "sample_drafts",
     "sample_next_token",
     "take_token",
+    "unpack_allowed_tokens",
     "verify_window",
     "warp_law",
     "window_attention",

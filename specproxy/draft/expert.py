@@ -88,4 +88,5 @@ def draw_draft(
     if state.has_processors:
         logits = combine_logits(logits, [], state.vocab_size, state.shared_ids)[0]
         logits = state.process(logits, drafts, first=drafts.shape[1])
+    parameters = state.constrain(parameters, drafts)
     return sample_drafts(logits, parameters, drafts, noise, state.vocab_size)

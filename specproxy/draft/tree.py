@@ -14,7 +14,14 @@ from torch import Tensor
 from specproxy.policy import Plan
 from specproxy.state import EXPERT, DecodeState, Draft
 from specproxy.trio import TrioRunners
-from specproxy_kernels import NoiseStream, combine_logits, kernel_path, sample_candidates
+from specproxy_kernels import (
+    NoiseStream,
+    WarpParameters,
+    combine_logits,
+    kernel_path,
+    sample_candidates,
+    unpack_allowed_tokens,
+)
 
 __all__ = ["TreeDrafter"]
 
@@ -49,6 +56,8 @@ class TreeDrafter:
                 scores = logits[-1][:, : len(inner)]
                 if state.has_processors:
                     scores = _processed(state, scores, prefix, is_possible[:, inner.start : inner.stop])
+                if state.has_grammars:
+                    scores = _constrained(state, parameters, scores, prefix)
                 count, pick = nodes.num_guesses[depth], nodes.picks[depth]
                 guesses = sample_candidates(scores, parameters, prefix, noise, state.vocab_size, count)  # [B, m, k]
                 tokens = torch.cat([tokens, guesses.flatten(1)[:, pick]], dim=1)
@@ -77,3 +86,21 @@ def _processed(state: DecodeState, logits: Tensor, prefix: Tensor, is_possible: 
         for node in range(prefix.shape[1])
     ]
     return torch.cat(processed, dim=1)
+
+
+def _constrained(state: DecodeState, parameters: WarpParameters, logits: Tensor, prefix: Tensor) -> Tensor:
+    """Logits [B, m, V] of nodes, without the tokens that a row's grammar rules out behind each.
+
+    Args:
+        state: the rows in flight.
+        parameters: of the window.
+        logits: [B, m, >= V].
+        prefix: int64 [B, m, depth], the drafts before each node.
+    """
+    masks = []
+    for node in range(prefix.shape[1]):
+        words = state.constrain(parameters, prefix[:, node]).allowed
+        assert words is not None, "a grammar allows some tokens"
+        masks.append(words[:, -1])
+    allowed = unpack_allowed_tokens(torch.stack(masks, dim=1), state.vocab_size)
+    return logits[..., : state.vocab_size].masked_fill(~allowed, -inf)

@@ -273,8 +273,8 @@ class Engine:
             deadline: seconds from now after which it ends, wherever it is.
             request_id: its name; made where not given.
             arguments: of `generate` that shape the law or the end of a row: do_sample, temperature, min_new_tokens,
-                logits_processor, prefix_allowed_tokens_fn, sequence_bias, stopping_criteria, ... Functions run in the
-                engine's thread, between others' tokens; what one raises ends this request alone.
+                logits_processor, prefix_allowed_tokens_fn, sequence_bias, grammar, stopping_criteria, ... They run in
+                the engine's thread, between others' tokens; what one raises ends this request alone.
 
         Returns:
             The handle to read from.

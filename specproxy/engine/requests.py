@@ -18,6 +18,7 @@ from specproxy.config import MAX_DRAFT_TOKENS, SamplingParameters, check_integer
 from specproxy.engine.handle import Block, RequestHandle, RequestOutput, TokenLogprob
 from specproxy.engine.logprobs import token_logprobs
 from specproxy.errors import ConfigurationError, PromptError
+from specproxy.grammar import GrammarWalk
 from specproxy.options import parse_options
 from specproxy.processors import RowLaw
 from specproxy.rows import check_ids, check_lengths, end_ids, make_row, pair_strengths
@@ -187,6 +188,10 @@ def make_request(
         )
     if not isinstance(ignore_eos, bool):
         raise ConfigurationError(f"ignore_eos={ignore_eos!r} must be True or False.")
+    if options.law.grammar is not None and (ignore_eos or least):
+        raise ConfigurationError(
+            "a grammar decides where the text ends; leave ignore_eos, min_new_tokens and min_length out."
+        )
     stops = frozenset(check_integer("stop_token_ids", i, 0, "give token ids") for i in stop_token_ids)
     eos = (frozenset() if ignore_eos else end_ids(trio, eos_token_id)) | stops
     if deadline is not None and check_number("deadline", deadline) <= 0:
@@ -281,6 +286,9 @@ def _guard(request: Request) -> None:
 
         row.law = RowLaw(law.sampling, (process,), law.bans, law.removes_invalid)
 
+    if row.law.grammar is not None:
+        row.law = replace(row.law, grammar=_GuardedWalk(request, row.law.grammar))
+
     def guarded(criterion: Callable[[Tensor, Any], Any]) -> Callable[[Tensor, Any], Any]:
         def stop(prefix: Tensor, scores: Any) -> Any:
             try:
@@ -292,6 +300,21 @@ def _guard(request: Request) -> None:
         return stop
 
     row.stopping_criteria = [guarded(criterion) for criterion in row.stopping_criteria]
+
+
+class _GuardedWalk:
+    """A walk that allows nothing once its grammar has failed, so that no token can be drawn there."""
+
+    def __init__(self, request: Request, walk: GrammarWalk) -> None:
+        self._request, self._walk = request, walk
+
+    def mask(self, tokens: Sequence[int]) -> Tensor:
+        """See `GrammarWalk`."""
+        try:
+            return self._walk.mask(tokens)
+        except Exception as error:
+            self._request.fault = f"the grammar has failed: {describe(error)}"
+            return torch.zeros(0, dtype=torch.int32)
 
 
 def describe(error: BaseException) -> str:

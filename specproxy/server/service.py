@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,12 @@ from torch import Tensor
 from specproxy.chat import check_messages, render_prompt
 from specproxy.engine import Engine, RequestHandle
 from specproxy.errors import ConfigurationError, PromptError
+from specproxy.grammar import Grammar
 from specproxy.server.errors import WireError
 from specproxy.server.settings import ServerSettings
 from specproxy.server.wire import ChatRequest, CompletionRequest, GenerationRequest
 from specproxy.state import ANTI_EXPERT, BASE, EXPERT
+from specproxy.structured import GrammarCompiler
 from specproxy.text import OutputText
 from specproxy_kernels import row_keys
 
@@ -105,6 +107,7 @@ class Service:
         self._loop_tokenizer = copy.deepcopy(self.tokenizer)
         self.created = int(time.time())
         self.eos_token_ids = frozenset(_listed(engine.model.generation_config.eos_token_id))
+        self._compiler: GrammarCompiler | None = None  # made at the first request that needs it
         self.render([{"role": "user", "content": "Hello"}])  # a template's fault shows before a client does
 
     # Names and limits.
@@ -195,6 +198,28 @@ class Service:
 
     # Requests.
 
+    def _grammar(self, request: GenerationRequest) -> Grammar | None:
+        """What the answer is held to.
+
+        Raises:
+            WireError: 400 for what cannot be compiled.
+        """
+        if request.structure is None:
+            return None
+        kind, value = request.structure
+        try:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self.tokenizer, self.eos_token_ids)
+            compilers: dict[str, Callable[[Any], Grammar]] = {
+                "json": self._compiler.json_schema,
+                "regex": self._compiler.regex,
+                "choice": self._compiler.choice,
+            }
+            return compilers[kind](value)
+        except ConfigurationError as error:
+            param = "response_format" if request.structured_outputs is None else "structured_outputs"
+            raise WireError(400, str(error), param=param) from error
+
     def submit(
         self, request: CompletionRequest | ChatRequest, prompts: Sequence[Prompt], request_id: str
     ) -> list[Choice]:
@@ -205,11 +230,12 @@ class Service:
             EngineFull, EngineClosed: the engine takes it not now, or not any more.
         """
         self._check_limits(request, len(prompts))
+        grammar = self._grammar(request)
         choices: list[Choice] = []
         try:
             for prompt in prompts:
                 for number in range(request.n):
-                    choices.append(self._submit_one(request, prompt, len(choices), number, request_id))
+                    choices.append(self._submit_one(request, prompt, len(choices), number, request_id, grammar))
         except BaseException:
             for choice in choices:
                 choice.handle.cancel()
@@ -217,7 +243,13 @@ class Service:
         return choices
 
     def _submit_one(
-        self, request: CompletionRequest | ChatRequest, prompt: Prompt, index: int, number: int, request_id: str
+        self,
+        request: CompletionRequest | ChatRequest,
+        prompt: Prompt,
+        index: int,
+        number: int,
+        request_id: str,
+        grammar: Grammar | None,
     ) -> Choice:
         criteria = [_StopText(self._output_text(request, prompt, self._loop_tokenizer))] if request.stop else []
         is_sampled = request.temperature >= _GREEDY_BELOW
@@ -246,6 +278,7 @@ class Service:
             ignore_eos=request.ignore_eos,
             logprobs=_top_logprobs(request),
             prompt_logprobs=_prompt_logprobs(request),
+            grammar=grammar,
             stopping_criteria=criteria,
             deadline=self.settings.request_timeout,
             request_id=f"{request_id}-{index}",

@@ -69,6 +69,43 @@ class StreamOptions(_Wire):
     include_obfuscation: bool | None = None
 
 
+class _JsonSchema(_Wire):
+    name: Text | None = None
+    description: Text | None = None
+    # A pydantic model has a method of this name.
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None  # every schema is held to
+
+
+class _ResponseFormat(_Wire):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> _ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type=json_schema, and neither without the other")
+        if self.json_schema is not None and self.json_schema.schema_ is None:
+            raise ValueError("json_schema.schema is missing")
+        return self
+
+
+class _StructuredOutputs(_Wire):
+    """As in vLLM: one way of several to say what an answer has to be."""
+
+    # A method of pydantic's goes by the name of the first.
+    json_: dict[str, Any] | None = Field(default=None, alias="json")
+    regex: Text | None = None
+    choice: list[Annotated[Text, Field(min_length=1)]] | None = Field(default=None, min_length=1)
+    json_object: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> _StructuredOutputs:
+        if sum(value is not None for value in (self.json_, self.regex, self.choice, self.json_object)) != 1:
+            raise ValueError("give one of json, regex, choice and json_object")
+        return self
+
+
 class GenerationRequest(_Wire):
     """What completions and chats have in common. A field that is null counts as not given."""
 
@@ -97,6 +134,8 @@ class GenerationRequest(_Wire):
     alpha: Annotated[Number, Field(ge=-100, le=100)] | None = None
     num_draft_tokens: Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)] | None = None
     return_speculation: bool = False
+    response_format: _ResponseFormat | None = None
+    structured_outputs: _StructuredOutputs | None = None
     # Taken for the sake of OpenAI's clients; no answer depends on them.
     user: Text | None = None
     metadata: dict[str, Any] | None = None
@@ -126,7 +165,26 @@ class GenerationRequest(_Wire):
             raise ValueError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
         if self.stream and self.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs cannot be streamed; use stream=false")
+        if self.structure is not None:
+            if self.response_format is not None and self.response_format.type != "text" and self.structured_outputs:
+                raise ValueError("response_format and structured_outputs were both given; give one of them")
+            if self.ignore_eos or self.min_tokens:
+                raise ValueError("structured output ends where its grammar does; leave ignore_eos and min_tokens out")
         return self
+
+    @property
+    def structure(self) -> tuple[str, Any] | None:
+        """What the answer has to be: "json" and a schema, "regex" and a pattern, "choice" and texts; None: anything."""
+        wanted = self.structured_outputs
+        if wanted is not None:
+            for kind, value in (("json", wanted.json_), ("regex", wanted.regex), ("choice", wanted.choice)):
+                if value is not None:
+                    return kind, value
+            return "json", {"type": "object"}
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        return "json", {"type": "object"} if form.json_schema is None else form.json_schema.schema_
 
 
 class CompletionRequest(GenerationRequest):
@@ -180,10 +238,6 @@ class _Message(BaseModel):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class _ResponseFormat(_Wire):
-    type: Literal["text"]
-
-
 class ChatRequest(GenerationRequest):
     """Body of `/v1/chat/completions`."""
 
@@ -191,7 +245,6 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
-    response_format: _ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
