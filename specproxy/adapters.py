@@ -31,6 +31,7 @@ __all__ = [
     "is_adapted",
     "is_adapter",
     "load_adapter",
+    "refuse_adapter",
     "shape_adapter",
     "without_adapter",
 ]
@@ -70,6 +71,20 @@ def is_adapter(name: str) -> bool:
         return find_adapter_config_file(name) is not None
     except OSError:
         return False  # loading it as a model will tell what is wrong
+
+
+def refuse_adapter(name: str, role: str) -> None:
+    """Hold a role to whole models.
+
+    Args:
+        name: a folder or hub id.
+        role: for the message.
+
+    Raises:
+        ConfigurationError: it is an adapter.
+    """
+    if is_adapter(name):
+        raise ConfigurationError(f"{role}={name} is an adapter, which the {role} may not be; {_MERGE}.")
 
 
 def adapter_base(name: str) -> str:

@@ -247,6 +247,7 @@ def analyse(
     num_draft_tokens: int | str = 4,
     cutoffs: Sequence[int] = (),
     cutoff_tokens: int = 192,
+    **drafting: Any,
 ) -> Analysis:
     """Write a text after every prompt, and read base and target off at every token.
 
@@ -260,6 +261,7 @@ def analyse(
         num_draft_tokens: drafts a cycle.
         cutoffs: numbers of tokens after which the ablation stops the correction; none for no ablation.
         cutoff_tokens: most tokens of its texts.
+        drafting: further arguments of `ProxyTunedModel.generate`, such as drafter and num_tree_tokens.
 
     Raises:
         ConfigurationError: no prompts.
@@ -267,7 +269,7 @@ def analyse(
     if not prompts:
         raise ConfigurationError("prompts is empty; give at least one.")
     ids = [model.tokenizer(prompt).input_ids for prompt in prompts]
-    settings: dict[str, Any] = {"alpha": alpha, "num_draft_tokens": num_draft_tokens}
+    settings: dict[str, Any] = {"alpha": alpha, "num_draft_tokens": num_draft_tokens, **drafting}
     texts: list[TextRecord] = []
     moved = torch.zeros(model.vocab_size, dtype=torch.float64, device=model.device)
     accepted, drafted = np.zeros(0, int), np.zeros(0, int)
@@ -320,8 +322,7 @@ def cut_off(
     *,
     max_new_tokens: int,
     batch_size: int,
-    alpha: float | None = None,
-    num_draft_tokens: int | str = 4,
+    **settings: Any,
 ) -> CutOff:
     """Texts whose correction stops after so many new tokens.
 
@@ -329,16 +330,15 @@ def cut_off(
         model: the models.
         prompts: token ids.
         cutoff: tokens after which the base goes on alone; None for never.
-        max_new_tokens, batch_size, alpha, num_draft_tokens: as in `analyse`.
+        max_new_tokens, batch_size: as in `analyse`.
+        settings: further arguments of `ProxyTunedModel.generate`.
     """
     result = CutOff(cutoff, [], [], [])
     schedule = None if cutoff is None else AlphaSchedule(cutoff=cutoff)
     ends = model._trio.eos_token_ids()
     for start in range(0, len(prompts), batch_size):
         rows = prompts[start : start + batch_size]
-        new, _ = _write(
-            model, rows, max_new_tokens, alpha=alpha, num_draft_tokens=num_draft_tokens, alpha_schedule=schedule
-        )
+        new, _ = _write(model, rows, max_new_tokens, alpha_schedule=schedule, **settings)
         for row in new:
             result.repetition.append(repetition(row))
             result.lengths.append(len(row))

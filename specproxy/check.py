@@ -14,14 +14,23 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from specproxy.adapters import LoraSwitch, adapter_base, is_adapted, is_adapter, shape_adapter, without_adapter
+from specproxy.adapters import (
+    LoraSwitch,
+    adapter_base,
+    is_adapted,
+    is_adapter,
+    refuse_adapter,
+    shape_adapter,
+    without_adapter,
+)
 from specproxy.errors import SpecProxyError, UnsupportedModelError
 from specproxy.generate import GenerateOutput
-from specproxy.model import ProxyTunedModel, find_tokenizer
+from specproxy.model import ProxyTunedModel
+from specproxy.pretrained import load_tokenizers
 from specproxy.runner import check_supported, logits_width, position_limit
-from specproxy.state import ANTI_EXPERT, BASE, EXPERT
+from specproxy.state import ANTI_EXPERT, ASSISTANT, BASE, EXPERT
 from specproxy.theory import best_num_draft_tokens, speedup_over_base, speedup_over_per_step
-from specproxy.vocab import share_vocabulary
+from specproxy.vocab import check_drafts_vocabulary, share_vocabulary
 
 __all__ = ["CheckReport", "SelfTest", "check_folders", "model_without_weights", "self_test"]
 
@@ -110,27 +119,31 @@ class SelfTest:
         return asdict(self) | {"is_lossless": self.is_lossless}
 
 
-def check_folders(base: str, expert: str, anti_expert: str | None = None, tokenizer: str | None = None) -> CheckReport:
+def check_folders(
+    base: str,
+    expert: str,
+    anti_expert: str | None = None,
+    tokenizer: str | None = None,
+    assistant: str | None = None,
+) -> CheckReport:
     """Read configurations and tokenizers of the models' folders or hub ids.
 
     Args:
         base, expert, anti_expert: folders or hub ids; None for no anti-expert.
         tokenizer: of the base, where it lies elsewhere.
+        assistant: likewise, a model that drafts; None for none.
 
     Raises:
-        OSError: Transformers' own, for a configuration that cannot be read.
+        OSError: Transformers' own, for a configuration or tokenizer that cannot be read.
     """
     report = CheckReport()
     widths: dict[str, int] = {}
-    tokenizers: dict[str, Any] = {}
-    names = {BASE: base, EXPERT: expert} | ({} if anti_expert is None else {ANTI_EXPERT: anti_expert})
+    given = {BASE: base, EXPERT: expert, ANTI_EXPERT: anti_expert, ASSISTANT: assistant}
+    names = {role: name for role, name in given.items() if name is not None}
+    tokenizers = load_tokenizers(names, tokenizer)
     for role, name in names.items():
-        tokenizers[role] = find_tokenizer(tokenizer if role == BASE and tokenizer is not None else name)
         try:
-            if role == EXPERT and is_adapter(name):
-                model = shape_adapter(model_without_weights(anti_expert or adapter_base(name)), name)
-            else:
-                model = model_without_weights(name)
+            model = _shaped(role, name, anti_expert)
         except ValueError as error:  # also Transformers' own, for an architecture that it does not know
             report.problems.append(f"{role}: {str(error).splitlines()[0]}")
             continue
@@ -143,15 +156,28 @@ def check_folders(base: str, expert: str, anti_expert: str | None = None, tokeni
             check_supported(without_adapter(model, role), role)
         except SpecProxyError as error:
             report.problems.append(str(error))
-    if len(widths) == len(names):
+    width, drafts_tokenizer = widths.pop(ASSISTANT, None), tokenizers.pop(ASSISTANT, None)
+    if set(widths) == set(names) - {ASSISTANT}:
         try:
-            report.shared_vocabulary = share_vocabulary(widths, tokenizers).size
+            vocabulary = share_vocabulary(widths, tokenizers)
+            report.shared_vocabulary = vocabulary.size
+            if width is not None:
+                check_drafts_vocabulary(vocabulary, ASSISTANT, width, drafts_tokenizer, tokenizers)
         except SpecProxyError as error:
             report.problems.append(str(error))
         _expect(report)
     if all(found is None for found in tokenizers.values()):
         report.notes.append("no tokenizer was found: ids below the smallest width are taken to be shared.")
     return report
+
+
+def _shaped(role: str, name: str, anti_expert: str | None) -> Any:
+    """A role's model without weights, an adapter in place where it is one."""
+    if role == ASSISTANT:
+        refuse_adapter(name, role)
+    if role == EXPERT and is_adapter(name):
+        return shape_adapter(model_without_weights(anti_expert or adapter_base(name)), name)
+    return model_without_weights(name)
 
 
 def model_without_weights(name: str) -> Any:
@@ -181,6 +207,8 @@ def _expect(report: CheckReport) -> None:
         report.notes.append("the expert is an adapter on the anti-expert: one copy of weights serves both.")
     elif sizes[EXPERT] != sizes[ANTI_EXPERT]:
         report.notes.append("expert and anti-expert differ in size: they should be one model, tuned and untuned.")
+    if ASSISTANT in sizes and sizes[ASSISTANT] >= sizes[EXPERT]:
+        report.notes.append("the assistant is no smaller than the expert, which drafts without one.")
     report.cost_ratio = ratio = sizes[EXPERT] / sizes[BASE]
     if ratio > 0.6:
         report.notes.append("the pair is nearly as large as the base: drafting can hardly pay.")
@@ -222,6 +250,7 @@ def self_test(
     *,
     max_new_tokens: int = 48,
     num_draft_tokens: int = 4,
+    drafter: str | None = None,
     repeats: int = 3,
 ) -> SelfTest:
     """Compare speculation with per-step decoding on one prompt.
@@ -230,14 +259,19 @@ def self_test(
         model: loaded.
         prompt: int64 [1, S].
         max_new_tokens: of every run.
-        num_draft_tokens: of the speculative runs.
+        num_draft_tokens, drafter: of the speculative runs.
         repeats: timed pairs, after one pair to warm up.
     """
 
     def run(count: int, **arguments: Any) -> tuple[list[int], GenerateOutput, float]:
         start = perf_counter()
         output = model.generate(
-            prompt, max_new_tokens=max_new_tokens, num_draft_tokens=count, return_dict_in_generate=True, **arguments
+            prompt,
+            max_new_tokens=max_new_tokens,
+            num_draft_tokens=count,
+            drafter=drafter,
+            return_dict_in_generate=True,
+            **arguments,
         )
         assert isinstance(output, GenerateOutput)
         return output.sequences[0, prompt.shape[1] :].tolist(), output, perf_counter() - start

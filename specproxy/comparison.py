@@ -109,6 +109,7 @@ def compare(
     alpha: float | None = None,
     num_draft_tokens: int | str = 4,
     acceptance: str = "rejection",
+    **drafting: Any,
 ) -> Comparison:
     """Answer every problem in every way.
 
@@ -122,6 +123,7 @@ def compare(
         max_new_tokens, batch_size: of every way.
         stop: texts that end an answer.
         alpha, num_draft_tokens, acceptance: of the proxy-tuned model, as in `ProxyTunedModel.generate`.
+        drafting: further arguments of it, such as drafter and num_tree_tokens.
 
     Raises:
         ConfigurationError: no problems, or one without an answer.
@@ -133,7 +135,7 @@ def compare(
     decoders = {role: _single(model, partial(model._trio.called, role), shared) for role in roles}
     if tuned_base is not None:
         decoders[TUNED_BASE] = _single(model, partial(nullcontext, tuned_base), shared)
-    speculation = {"num_draft_tokens": num_draft_tokens, "acceptance": acceptance}
+    speculation = {"num_draft_tokens": num_draft_tokens, "acceptance": acceptance, **drafting}
 
     def steered(strength: float) -> Decode:
         return _proxy_tuned(model, shared | speculation | {"alpha": strength})

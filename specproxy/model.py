@@ -6,20 +6,17 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.utils import logging as transformers_logging
 
 from specproxy import demo
-from specproxy.adapters import adapter_base, is_adapter, load_adapter
 from specproxy.chat import ChatReply, ChatTemplate, check_messages, render_prompt
 from specproxy.config import check_alpha
 from specproxy.errors import ConfigurationError
 from specproxy.generate import GenerateOutput, generate
 from specproxy.options import parse_options
+from specproxy.pretrained import find_tokenizer, load_models, load_tokenizers
 from specproxy.schedule import AlphaSchedule
 from specproxy.state import ANTI_EXPERT, ASSISTANT, BASE, EXPERT
 from specproxy.suffix import LookupCorpus
@@ -105,6 +102,7 @@ class ProxyTunedModel:
         *,
         expert: str,
         anti_expert: str | None = None,
+        assistant: str | None = None,
         alpha: float = 1.0,
         tokenizer: Any = None,
         dtype: Any = None,
@@ -113,6 +111,7 @@ class ProxyTunedModel:
         base_kwargs: dict[str, Any] | None = None,
         expert_kwargs: dict[str, Any] | None = None,
         anti_expert_kwargs: dict[str, Any] | None = None,
+        assistant_kwargs: dict[str, Any] | None = None,
         progress: bool = True,
     ) -> ProxyTunedModel:
         """Load the models from local folders or a hub.
@@ -120,44 +119,39 @@ class ProxyTunedModel:
         Args:
             base, expert, anti_expert: folders or hub ids; None for no anti-expert. The expert may be a LoRA adapter
                 (needs peft): it is put on the anti-expert, or, without one, on the model that it names itself.
+            assistant: likewise, a further model of the same vocabulary for `drafter="assistant"`; no adapter.
             alpha: proxy strength.
             tokenizer: a tokenizer, folder or hub id for the base; by default that of its folder. Tokenizers found
-                beside expert and anti-expert are checked against it.
+                beside the other models are checked against it.
             dtype, device_map, quantization_config: of all models, as in `AutoModelForCausalLM.from_pretrained`.
-            base_kwargs, expert_kwargs, anti_expert_kwargs: further keyword arguments of one model; they override the
-                shared ones. Those of an adapter go to `PeftModel.from_pretrained`.
+            base_kwargs, expert_kwargs, anti_expert_kwargs, assistant_kwargs: further keyword arguments of one model
+                (revision, dtype, device_map, ...); they override the shared ones. Those of an adapter go to
+                `PeftModel.from_pretrained`.
             progress: show one progress bar on stderr.
 
         Returns:
             The loaded model.
 
         Raises:
-            As the constructor, and whatever Transformers raises for a folder it cannot load.
+            As the constructor; ConfigurationError for arguments of a model that is not named; and whatever Transformers
+            raises for a folder it cannot load.
         """
         check_alpha(alpha)
         shared = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
         shared = {name: value for name, value in shared.items() if value is not None}
-        names = {BASE: base, EXPERT: expert} | ({} if anti_expert is None else {ANTI_EXPERT: anti_expert})
-        own = {BASE: base_kwargs, EXPERT: expert_kwargs, ANTI_EXPERT: anti_expert_kwargs}
-        tokenizers = {role: find_tokenizer(name) for role, name in names.items()}
-        if tokenizer is not None:
-            tokenizers[BASE] = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        models: dict[str, Any] = {}
-        bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-        try:
-            adapter = is_adapter(expert)
-            folders = {role: name for role, name in names.items() if not (adapter and role == EXPERT)}
-            if adapter and anti_expert is None:
-                folders[EXPERT] = adapter_base(expert)
-            for role in track(folders, "Loading models", console=Console(stderr=True), disable=not progress):
-                further = {} if adapter and role == EXPERT else own[role] or {}
-                models[role] = AutoModelForCausalLM.from_pretrained(folders[role], **{**shared, **further})
-            if adapter:
-                models[EXPERT] = load_adapter(models.get(ANTI_EXPERT, models.get(EXPERT)), expert, own[EXPERT] or {})
-        finally:
-            if bars:
-                transformers_logging.enable_progress_bar()
+        given = {BASE: base, EXPERT: expert, ANTI_EXPERT: anti_expert, ASSISTANT: assistant}
+        names = {role: name for role, name in given.items() if name is not None}
+        own = {
+            BASE: base_kwargs,
+            EXPERT: expert_kwargs,
+            ANTI_EXPERT: anti_expert_kwargs,
+            ASSISTANT: assistant_kwargs,
+        }
+        idle = next((role for role, arguments in own.items() if arguments and role not in names), None)
+        if idle is not None:
+            raise ConfigurationError(f"{idle}_kwargs was given without {idle}; name the {idle}, or leave it out.")
+        tokenizers = load_tokenizers(names, tokenizer)
+        models = load_models(names, shared, own, progress)
         return cls(
             models[BASE],
             models[EXPERT],
@@ -166,6 +160,8 @@ class ProxyTunedModel:
             alpha,
             expert_tokenizer=tokenizers[EXPERT],
             anti_expert_tokenizer=tokenizers.get(ANTI_EXPERT),
+            assistant=models.get(ASSISTANT),
+            assistant_tokenizer=tokenizers.get(ASSISTANT),
         )
 
     @classmethod
@@ -205,6 +201,11 @@ class ProxyTunedModel:
     def anti_expert(self) -> PreTrainedModel | None:
         """The small model untuned; None where the first pair has none."""
         return self._trio.given.get(ANTI_EXPERT)
+
+    @property
+    def assistant(self) -> PreTrainedModel | None:
+        """The model that drafts under `drafter="assistant"`; None where there is none."""
+        return self._trio.assistant
 
     @property
     def vocab_size(self) -> int:
@@ -446,19 +447,3 @@ class ProxyTunedModel:
         new = output.sequences[0, arguments["input_ids"].shape[1] :]
         text = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
         return ChatReply(text, [*conversation, {"role": "assistant", "content": text}], output)
-
-
-def find_tokenizer(name: str) -> Any:
-    """The tokenizer beside a model, or None where there is none.
-
-    For some architectures Transformers makes one of special tokens alone where it finds no file; that is none.
-
-    Args:
-        name: a folder or hub id.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
-        return None
-    ordinary = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
-    return tokenizer if ordinary else None

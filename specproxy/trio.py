@@ -17,7 +17,7 @@ from specproxy.attention import borrowed
 from specproxy.auto import AutoPolicy
 from specproxy.config import check_alpha
 from specproxy.costs import ForwardTime
-from specproxy.errors import ConfigurationError, VocabularyError
+from specproxy.errors import ConfigurationError
 from specproxy.graphs import Branches, Graphs, make_graphs
 from specproxy.nodes import Nodes
 from specproxy.packed_runner import PackedRunner
@@ -25,7 +25,7 @@ from specproxy.ranks import Ranks
 from specproxy.runner import Runner, check_supported, logits_width, position_limit
 from specproxy.state import ANTI_EXPERT, ASSISTANT, BASE, EXPERT, Row
 from specproxy.tree import TreeShape
-from specproxy.vocab import share_vocabulary
+from specproxy.vocab import check_drafts_vocabulary, share_vocabulary
 from specproxy_kernels import LogitPair
 
 __all__ = ["Trio", "TrioRunners"]
@@ -209,12 +209,11 @@ class Trio:
         self.embedding_sizes = {
             role: int(model.get_input_embeddings().weight.shape[0]) for role, model in self.models.items()
         }
-        self.vocabulary = share_vocabulary(
-            self.widths, {role: own for role, own in tokenizers.items() if role != ASSISTANT}
-        )
+        own = {role: tokenizer for role, tokenizer in tokenizers.items() if role != ASSISTANT}
+        self.vocabulary = share_vocabulary(self.widths, own)
         self.assistant = assistant
         if assistant is not None:
-            self._check_assistant(assistant, tokenizers)
+            self._check_assistant(assistant, tokenizers.get(ASSISTANT), own)
         self.ranks = Ranks.of(base)
         self.overlap = False  # whether captures run the small models beside the base: to be measured before it is on
         self._lock = Lock()
@@ -260,18 +259,12 @@ class Trio:
         with switch.borrowed(), switch.applied(EVERY_TOKEN if is_tuned else None):
             yield self.models[role]
 
-    def _check_assistant(self, assistant: PreTrainedModel, tokenizers: dict[str, Any]) -> None:
+    def _check_assistant(self, assistant: PreTrainedModel, tokenizer: Any, tokenizers: dict[str, Any]) -> None:
         """It has to read and write every shared id; what may be generated does not depend on it."""
         if is_adapted(assistant) or any(self.models[role] is assistant for role in self.adapters):
             raise ConfigurationError("the assistant shares its weights with an adapter; load it once more, merged.")
         check_supported(assistant, ASSISTANT)
-        width = logits_width(assistant)
-        both = {role: tokenizers.get(role) for role in (BASE, ASSISTANT)}
-        share_vocabulary({BASE: self.widths[BASE], ASSISTANT: width}, both)
-        if width < self.vocabulary.size:
-            raise VocabularyError(
-                f"the assistant has {width} ids, the trio shares {self.vocabulary.size}; use one of its family."
-            )
+        check_drafts_vocabulary(self.vocabulary, ASSISTANT, logits_width(assistant), tokenizer, tokenizers)
 
     @property
     def all_models(self) -> list[PreTrainedModel]:

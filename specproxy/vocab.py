@@ -16,7 +16,7 @@ from torch import Tensor
 from specproxy.errors import VocabularyError
 from specproxy_kernels import pack_allowed_tokens
 
-__all__ = ["SharedVocabulary", "share_vocabulary"]
+__all__ = ["SharedVocabulary", "check_drafts_vocabulary", "share_vocabulary"]
 
 
 @dataclass(frozen=True)
@@ -74,3 +74,25 @@ def share_vocabulary(widths: Mapping[str, int], tokenizers: Mapping[str, Any]) -
     allowed = torch.zeros(size, dtype=torch.bool)
     allowed[list(shared)] = True
     return SharedVocabulary(size, pack_allowed_tokens(allowed)[None, None])
+
+
+def check_drafts_vocabulary(
+    vocabulary: SharedVocabulary, role: str, width: int, tokenizer: Any, tokenizers: Mapping[str, Any]
+) -> None:
+    """Hold a model that only drafts against the vocabulary, which does not depend on it.
+
+    Args:
+        vocabulary: shared by the models of the law.
+        role: of the drafting model, for messages.
+        width: of its logits.
+        tokenizer: its own, or None.
+        tokenizers: of the models of the law, per role; the first that there is counts.
+
+    Raises:
+        VocabularyError: it gives an id to another token, or lacks one.
+    """
+    reference = next((name for name, known in tokenizers.items() if known is not None), None)
+    if reference is not None:
+        share_vocabulary({reference: vocabulary.size, role: width}, {reference: tokenizers[reference], role: tokenizer})
+    if width < vocabulary.size:
+        raise VocabularyError(f"the {role} has {width} ids, the trio shares {vocabulary.size}; use one of its family.")

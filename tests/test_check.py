@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import tiny
 import torch
@@ -114,10 +115,52 @@ def test_what_the_check_refuses_the_constructor_refuses(folder: Path) -> None:
     ProxyTunedModel.from_pretrained(**names, progress=False)
 
 
+def test_an_assistant(folder: Path, tmp_path: Path) -> None:
+    """It is held to the vocabulary of the others, and changes nothing that is said of them."""
+    tiny.tiny_model("qwen3", layers=1).save_pretrained(tmp_path / "assistant")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "assistant")
+    tiny.tiny_model("gpt2", vocab_size=30).save_pretrained(tmp_path / "narrow")
+    names = {role: str(folder / role) for role in ("base", "expert", "anti_expert")}
+    report, alone = check_folders(**names, assistant=str(tmp_path / "assistant")), check(folder)
+    assert report.problems == []
+    assert report.models.pop("assistant").architecture == "Qwen3ForCausalLM"
+    assert report.to_dict() == alone.to_dict()
+    for name, problem in {
+        "narrow": "the assistant has 30 ids, the trio shares 40",
+        "other_tokenizer": "id 7 is 'w7' for the base and 'seven' for the assistant",
+        "mamba": "assistant: MambaForCausalLM (mamba) has layers of type",
+        "t5": "assistant: t5 is an encoder-decoder",
+    }.items():
+        path = str((tmp_path if name == "narrow" else folder) / name)
+        (found,) = check_folders(**names, assistant=path).problems
+        assert problem in found
+        if name != "t5":
+            with pytest.raises(ValueError, match=re.escape(found)):
+                ProxyTunedModel.from_pretrained(**names, assistant=path, progress=False)
+    bare = names | {"base": str(folder / "bare"), "assistant": str(folder / "other_tokenizer")}
+    (found,) = check_folders(**bare).problems
+    assert "id 7 is 'w7' for the expert and 'seven' for the assistant" in found
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_cannot_assist(folder: Path, tmp_path: Path) -> None:
+    small = tiny.tiny_model("llama")
+    adapted = peft.get_peft_model(small, peft.LoraConfig(target_modules=["q_proj"], r=1))
+    adapted.save_pretrained(tmp_path)
+    names = {role: str(folder / role) for role in ("base", "expert", "anti_expert")} | {"assistant": str(tmp_path)}
+    (found,) = check_folders(**names).problems
+    assert f"assistant={tmp_path} is an adapter, which the assistant may not be; merge_and_unload()" in found
+    with pytest.raises(ValueError, match="is an adapter, which the assistant may not be"):
+        ProxyTunedModel.from_pretrained(**names, progress=False)
+
+
 def test_notes(folder: Path) -> None:
     assert [note.partition(":")[0] for note in check(folder).notes] == ["the pair is nearly as large as the base"]
     notes = " ".join(check(folder, expert="other_size").notes)
     assert "expert and anti-expert differ in size" in notes
+    names = {role: str(folder / role) for role in ("base", "expert", "anti_expert")}
+    notes = " ".join(check_folders(**names, assistant=names["base"]).notes)
+    assert "the assistant is no smaller than the expert" in notes
     notes = " ".join(check(folder, base="bare", expert="bare", anti_expert="bare").notes)
     assert "no tokenizer was found" in notes
 
@@ -224,6 +267,25 @@ def test_self_test_of_a_lossless_trio(model: ProxyTunedModel) -> None:
     output: Any = model.generate(PROMPT, max_new_tokens=12, return_dict_in_generate=True)
     assert result.acceptance_rate == output.speculation.acceptance_rate
     assert json.loads(json.dumps(result.to_dict()))["is_lossless"] is True
+
+
+def test_an_assistant_drafts_in_the_self_test(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafters: list[Any] = []
+    original = ProxyTunedModel.generate
+
+    def record(self: ProxyTunedModel, *args: Any, **arguments: Any) -> Any:
+        drafters.append((arguments["drafter"], self.assistant is not None))
+        return original(self, *args, **arguments)
+
+    monkeypatch.setattr(ProxyTunedModel, "generate", record)
+    code, out, err = run(capsys, *own(folder, assistant="expert"), "--run", "--dtype=float64", "--json")
+    assert (code, err) == (0, "") and json.loads(out)["self_test"]["is_lossless"]
+    assert set(drafters) == {("assistant", True)}
+    drafters.clear()
+    assert run(capsys, *own(folder), "--run", "--dtype=float64", "--json")[0] == 0
+    assert set(drafters) == {(None, False)}
 
 
 @pytest.mark.parametrize("sampled", [False, True])

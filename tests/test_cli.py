@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -302,6 +303,44 @@ def test_a_token_tree(run: Run, tiny: Any) -> None:
     )
 
 
+def test_speed_with_a_tree_or_a_drafter(run: Run, tiny: Any, seen: list[dict[str, Any]]) -> None:
+    """The per-step side of the comparison has neither."""
+    for further in (("--num-tree-tokens", "12"), ("--drafter", "lookup")):
+        seen.clear()
+        code, out, _ = run(*SHORT, "Hello", "--stats", *further)
+        assert code == 0 and "same tokens as per-step" in out
+        per_step = [call for call in seen if call["num_draft_tokens"] == 0]
+        assert per_step and not any({"num_tree_tokens", "drafter"} & set(call) for call in per_step)
+
+
+def test_an_assistant(run: Run, folder: Path, tiny: Any, seen: list[dict[str, Any]]) -> None:
+    """A fourth model drafts, beside models of one's own and beside the embedded trio, and changes no token."""
+    assistant = ("--assistant", str(folder / "expert-python"), "--drafter", "assistant")
+    names = ("--base", "base", "--expert", "expert-arithmetic", "--anti-expert", "anti-expert")
+    own = [str(folder / name) if number % 2 else name for number, name in enumerate(names)]
+    for trio in ((), own):
+        plain = run(*SHORT, "Hello", *trio)[1]
+        code, out, err = run(*SHORT, "Hello", *trio, *assistant)
+        assert (code, out, err) == (0, plain, "")
+        assert seen[-1]["drafter"] == "assistant" and seen[-1]["model"].assistant.dtype == torch.float64
+    out = run(*SHORT, "Hello", *own, *assistant, "--json")[1]
+    assert json.loads(out)["speculation"]["drafters"]["assistant"]["num_draft_tokens"] > 0
+
+
+def test_a_tokenizer_that_lies_elsewhere(run: Run, folder: Path, tiny: Any, tmp_path: Path) -> None:
+    shutil.copytree(folder / "base", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    names = ("--base", str(tmp_path / "bare"), "--expert", str(folder / "expert-python"))
+    assert run(*SHORT, "Hello", *names)[2].endswith(
+        f"no tokenizer was found beside --base={names[1]}; text needs one.\n"
+    )
+    code, out, _ = run(*SHORT, "Hello", *names, "--tokenizer", str(folder / "tokenizer"))
+    trio = tiny("python", dtype=torch.float64)
+    assert (code, out) == (
+        0,
+        expected(ProxyTunedModel(trio.base, trio.expert, tokenizer=trio.tokenizer), "Hello") + "\n",
+    )
+
+
 def test_a_strength_that_changes(run: Run, tiny: Any) -> None:
     code, out, _ = run(*SHORT, "Hello", "--alpha", "3", "--alpha-cutoff", "4", "--alpha-half-life", "2")
     schedule = AlphaSchedule(cutoff=4, half_life=2)
@@ -328,6 +367,13 @@ TRIO = ("--base", "b", "--expert", "e", "--anti-expert", "a")
         (("generate", *TRIO[2:], "x"), "go together; missing: --base"),
         (("generate", *TRIO[4:], "x"), "go together; missing: --base, --expert"),
         (("generate", "--alpha-cutoff", "-1"), "cutoff=-1"),
+        (("generate", "--tokenizer", "t", "x"), "--tokenizer=t serves models of your own"),
+        (("generate", "--drafter", "assistant", "x"), "needs a model that drafts; name one by --assistant"),
+        (("generate", "--assistant", "m", "x"), "--assistant=m drafts under --drafter=assistant only"),
+        (("chat", "--assistant", "m", "--drafter", "lookup"), "--assistant=m drafts under --drafter=assistant only"),
+        (("compare", "--drafter", "assistant"), "needs a model that drafts; name one by --assistant"),
+        (("analyze", "--drafter", "nobody"), "drafter='nobody' is not known"),
+        (("vllm-config", "--assistant", "m", "--out", "o"), "--assistant=m: in vLLM the expert drafts"),
         (("generate", "--alpha-floor", "0.5"), "floor=0.5 bounds a decay"),
         (("generate", *TRIO, "--demo", "python", "x"), "--demo and --base, --expert, --anti-expert exclude"),
         (("generate", *TRIO), "models of your own need a prompt"),

@@ -15,7 +15,7 @@ import torch
 from lm_eval.api.registry import get_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from specproxy import AlphaSchedule, ProxyTunedModel, cli
+from specproxy import AlphaSchedule, ProxyTunedModel, cli, demo
 from specproxy.batches import left_padded, score_continuations
 from specproxy.errors import ConfigurationError, PromptError
 from specproxy.integrations.lm_eval import ProxyTunedLM, evaluate_tasks
@@ -99,6 +99,28 @@ def test_gsm8k_with_and_without_speculation(
     assert "#### " in record["outputs"]["gsm8k"][1][0][0]
     assert "already-initialized" not in caplog.text  # what is meant is not warned of
     assert no_network == []
+
+
+def test_a_drafter_an_assistant_and_a_tokenizer(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, gsm8k: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models of one's own, the tokenizer elsewhere; a fourth model drafts the same texts, per-step runs without it."""
+    names = demo.folders("arithmetic")
+    models = [f"--{role.replace('_', '-')}={name}" for role, name in names.items()]
+    calls: list[dict[str, Any]] = []
+    generate = ProxyTunedModel.generate
+
+    def record(self: ProxyTunedModel, *arguments: Any, **keywords: Any) -> Any:
+        calls.append(keywords)
+        return generate(self, *arguments, **keywords)
+
+    monkeypatch.setattr(ProxyTunedModel, "generate", record)
+    task = ["--tasks=gsm8k", f"--data=gsm8k={gsm8k}", "--num-fewshot=0", "--max-gen-toks=12", "--limit=1"]
+    further = [f"--assistant={names['anti_expert']}", "--drafter=assistant", "--dtype=float64", "--against-per-step"]
+    code, printed, errors = run(capsys, *task, *models, *further)
+    assert code == 0, errors
+    assert "1 of 1 outputs are the same" in printed
+    assert [(call["drafter"], call["num_draft_tokens"]) for call in calls] == [("assistant", 4), (None, 0)]
 
 
 @pytest.mark.slow
@@ -364,6 +386,8 @@ def test_missing_data_are_named(capsys: pytest.CaptureFixture[str], monkeypatch:
         (["--limit=0"], "--limit=0"),
         (["--num-draft-tokens=few"], "num_draft_tokens='few'"),
         (["--alpha=nan"], "alpha"),
+        (["--drafter=assistant"], "name one by --assistant"),
+        (["--num-tree-tokens=64"], "num_tree_tokens=64 must be at most 63"),
     ],
 )
 def test_unusable_options(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from support import FILLER, PAD, Recorder, RolePrompts, greedy_rows, role_prompts
 
-from specproxy import ProxyTunedModel, SpeculationStats
+from specproxy import ConfigurationError, ProxyTunedModel, SpeculationStats, VocabularyError
 
 THREE = role_prompts([6, 2, 9], seed=31)
 ONE = role_prompts([5], seed=32)
@@ -230,6 +230,25 @@ def test_settings_per_model(folders):
     assert plain.base.dtype == torch.float32
     output = model.generate(**THREE.kwargs(), max_new_tokens=6)
     assert output[:, 9:].tolist() == [row[:6] for row in greedy_rows("llama", THREE)]
+
+
+def test_an_assistant_from_a_folder(folders, tmp_path):
+    tiny.shared_trio("gpt2").expert.save_pretrained(tmp_path)
+    settings = {"assistant": tmp_path, "assistant_kwargs": {"dtype": torch.float32}, "dtype": torch.float64}
+    model = load(folders, **settings)
+    assert model.assistant.config.model_type == "gpt2" and load(folders).assistant is None
+    assert [member.dtype for member in (model.expert, model.assistant)] == [torch.float64, torch.float32]
+    output = model.generate(**THREE.kwargs(), max_new_tokens=10, drafter="assistant", return_dict_in_generate=True)
+    assert output.sequences[:, 9:].tolist() == [row[:10] for row in greedy_rows("llama", THREE)]
+    assert set(output.speculation.drafters) == {"assistant"}
+    tiny.tiny_tokenizer(renamed={7: "seven"}).save_pretrained(tmp_path)
+    with pytest.raises(VocabularyError, match="id 7 is 'w7' for the base and 'seven' for the assistant"):
+        load(folders, **settings)
+
+
+def test_arguments_of_a_model_that_is_not_named(folders):
+    with pytest.raises(ConfigurationError, match="assistant_kwargs was given without assistant; name the assistant"):
+        load(folders, assistant_kwargs={"dtype": torch.float64})
 
 
 def test_padded_tokenizers_of_one_family(folders, tmp_path):

@@ -70,7 +70,7 @@ LAYERS = [
     {"specproxy.runner", "specproxy.auto"},
     {"specproxy.packed_runner"},
     {"specproxy.trio"},
-    {"specproxy.batches"},
+    {"specproxy.batches", "specproxy.pretrained"},
     {
         "specproxy.draft.expert",
         "specproxy.draft.interface",

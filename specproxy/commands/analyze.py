@@ -54,7 +54,7 @@ def analyze(
     else:
         raise ConfigurationError("models of your own need --prompts FILE.")
     with quiet(to_stderr=True):
-        model = load(models, where)
+        model = load(models, where, batches)
         if model.tokenizer is None:
             raise ConfigurationError(f"no tokenizer was found beside --base={models.base}; text needs one.")
         analysis = analyse(
@@ -64,9 +64,9 @@ def analyze(
             max_new_tokens=max_new_tokens,
             batch_size=batches.batch_size,
             alpha=batches.alpha,
-            num_draft_tokens=batches.drafts,
             cutoffs=drops,
             cutoff_tokens=cutoff_tokens,
+            **batches.drafting,
         )
     record = analysis.to_dict()
     if output is not None:

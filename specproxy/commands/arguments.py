@@ -21,7 +21,15 @@ from specproxy.errors import ConfigurationError
 from specproxy.options import parse_options
 from specproxy.schedule import AlphaSchedule
 
-__all__ = ["ROLES", "BatchOptions", "DecodingOptions", "DeviceOptions", "ModelOptions", "grouped"]
+__all__ = [
+    "ROLES",
+    "BatchOptions",
+    "DecodingOptions",
+    "DeviceOptions",
+    "DraftingOptions",
+    "ModelOptions",
+    "grouped",
+]
 
 DEFAULT_TASK = "arithmetic"
 ROLES = ("base", "expert", "anti_expert")
@@ -43,6 +51,12 @@ class ModelOptions:
     anti_expert: Annotated[
         str | None, typer.Option(help="The small model untuned; without it the expert alone steers.")
     ] = None
+    assistant: Annotated[
+        str | None, typer.Option(help="A further model of the same vocabulary, for --drafter assistant.")
+    ] = None
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer of the base: a folder or a hub name. [default: beside --base]")
+    ] = None
 
     def __post_init__(self) -> None:
         given = [role for role in ROLES if getattr(self, role) is not None]
@@ -57,6 +71,10 @@ class ModelOptions:
             raise ConfigurationError(
                 f"--base and --expert, with or without --anti-expert, go together; missing: {absent}."
             )
+        if self.tokenizer is not None and not given:
+            raise ConfigurationError(
+                f"--tokenizer={self.tokenizer} serves models of your own; the embedded trio has its own. Leave it out."
+            )
 
     @property
     def task(self) -> str | None:
@@ -65,10 +83,10 @@ class ModelOptions:
 
     @property
     def names(self) -> dict[str, Any]:
-        """Folder or hub name per role, and of the tokenizer where it lies elsewhere."""
-        if self.task is not None:
-            return demo.folders(self.task)
-        return {role: getattr(self, role) for role in ROLES if getattr(self, role) is not None}
+        """Folder or hub name per role, the assistant among them, and of the tokenizer where it lies elsewhere."""
+        own = {name: getattr(self, name) for name in (*ROLES, "assistant", "tokenizer")}
+        named = {name: value for name, value in own.items() if value is not None}
+        return named if self.task is None else demo.folders(self.task) | named
 
 
 @dataclass(frozen=True)
@@ -106,7 +124,41 @@ class DeviceOptions:
 
 
 @dataclass(frozen=True)
-class DecodingOptions:
+class DraftingOptions:
+    """Who drafts, how much, and what becomes of it."""
+
+    num_draft_tokens: Annotated[str, typer.Option(metavar="N|auto", help="Drafts a cycle; 0 is per-step decoding.")] = (
+        "4"
+    )
+    num_tree_tokens: Annotated[
+        int, typer.Option(help="Nodes of a token tree drafted in place of a chain, greedy or coupled; 0: a chain.")
+    ] = 0
+    drafter: Annotated[str | None, typer.Option(help=f"Who drafts: {', '.join(DRAFTER_NAMES)}. [default: expert]")] = (
+        None
+    )
+    acceptance: Annotated[str, typer.Option(help="rejection, block or coupled.")] = "rejection"
+
+    @property
+    def drafts(self) -> int | str:
+        """`num_draft_tokens` of generate: a number where the text is one; else "auto", or what the check refuses."""
+        try:
+            return int(self.num_draft_tokens)
+        except ValueError:
+            return self.num_draft_tokens
+
+    @property
+    def drafting(self) -> dict[str, Any]:
+        """Keyword arguments of `generate` and `Engine`; what was not given is left to their own defaults."""
+        arguments: dict[str, Any] = {"num_draft_tokens": self.drafts, "acceptance": self.acceptance}
+        if self.num_tree_tokens:
+            arguments["num_tree_tokens"] = self.num_tree_tokens
+        if self.drafter is not None:
+            arguments["drafter"] = self.drafter
+        return arguments
+
+
+@dataclass(frozen=True)
+class DecodingOptions(DraftingOptions):
     """How tokens are drawn: what `generate` takes besides prompts."""
 
     alpha: Annotated[float | None, typer.Option(help="Strength of the steering; the model's own by default.")] = None
@@ -118,16 +170,6 @@ class DecodingOptions:
     max_new_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128
     min_new_tokens: Annotated[int | None, typer.Option(help="Fewest new tokens.")] = None
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None
-    num_draft_tokens: Annotated[str, typer.Option(metavar="N|auto", help="Drafts a cycle; 0 is per-step decoding.")] = (
-        "4"
-    )
-    num_tree_tokens: Annotated[
-        int, typer.Option(help="Nodes of a token tree drafted in place of a chain, greedy or coupled; 0: a chain.")
-    ] = 0
-    drafter: Annotated[str | None, typer.Option(help=f"Who drafts: {', '.join(DRAFTER_NAMES)}. [default: expert]")] = (
-        None
-    )
-    acceptance: Annotated[str, typer.Option(help="rejection, block or coupled.")] = "rejection"
     do_sample: Annotated[
         bool | None, typer.Option("--do-sample/--greedy", help="Greedy by default; a temperature implies sampling.")
     ] = None
@@ -163,21 +205,8 @@ class DecodingOptions:
             "no_repeat_ngram_size": self.no_repeat_ngram_size,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        count = _count(self.num_draft_tokens)
-        parse_options(
-            given,
-            None,
-            count,
-            self.acceptance,
-            default_tokenizer=object(),
-            num_tree_tokens=self.num_tree_tokens,
-            drafter=self.drafter,
-        )
-        speculation: dict[str, Any] = {"num_draft_tokens": count, "acceptance": self.acceptance}
-        if self.num_tree_tokens:
-            speculation["num_tree_tokens"] = self.num_tree_tokens
-        if self.drafter is not None:
-            speculation["drafter"] = self.drafter
+        parse_options(given, None, default_tokenizer=object(), **self.drafting)
+        speculation = self.drafting
         if self.alpha is not None:
             speculation["alpha"] = check_alpha(self.alpha)
         schedule = AlphaSchedule(self.alpha_cutoff, self.alpha_half_life, self.alpha_floor)
@@ -189,14 +218,10 @@ class DecodingOptions:
 
 
 @dataclass(frozen=True)
-class BatchOptions:
+class BatchOptions(DraftingOptions):
     """How many texts are decoded one after another: what evaluations share."""
 
     alpha: Annotated[float | None, typer.Option(help="Strength of the steering; the model's own by default.")] = None
-    num_draft_tokens: Annotated[str, typer.Option(metavar="N|auto", help="Drafts a cycle; 0 is per-step decoding.")] = (
-        "4"
-    )
-    acceptance: Annotated[str, typer.Option(help="rejection, block or coupled.")] = "rejection"
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 8
     limit: Annotated[int | None, typer.Option(help="Most texts; of each task in eval.")] = None
     seed: Annotated[int, typer.Option(help="Of sampling, few-shot examples and bootstraps.")] = 0
@@ -207,26 +232,13 @@ class BatchOptions:
             check_integer("--limit", self.limit, 1, "give a number of texts")
         if self.alpha is not None:
             check_alpha(self.alpha)
-        parse_options({}, None, self.drafts, self.acceptance, default_tokenizer=None)
-
-    @property
-    def drafts(self) -> int | str:
-        """`num_draft_tokens` of generate."""
-        return _count(self.num_draft_tokens)
+        parse_options({}, None, default_tokenizer=None, **self.drafting)
 
     @property
     def speculation(self) -> dict[str, Any]:
         """Keyword arguments of `generate` for speculation and strength."""
         own = {} if self.alpha is None else {"alpha": self.alpha}
-        return {"num_draft_tokens": self.drafts, "acceptance": self.acceptance, **own}
-
-
-def _count(text: str) -> int | str:
-    """A number where the text is one; else the text, "auto" or what the check refuses."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
+        return self.drafting | own
 
 
 def grouped(command: Callable[..., Any]) -> Callable[..., Any]:

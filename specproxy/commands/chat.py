@@ -39,7 +39,7 @@ def chat(
     """Talk with a proxy-tuned model. /reset forgets the conversation; /quit or the end of input leaves."""
     arguments = decoding.arguments()
     with quiet(to_stderr=True):
-        model = load(models, where)
+        model = load(models, where, decoding)
     arguments |= {
         "base_template": base_template,
         "expert_template": expert_template,

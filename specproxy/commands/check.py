@@ -18,6 +18,7 @@ from specproxy.check import CheckReport, SelfTest, check_folders, self_test
 from specproxy.commands.arguments import DeviceOptions, ModelOptions
 from specproxy.commands.loading import load, quiet
 from specproxy.errors import ConfigurationError
+from specproxy.state import ASSISTANT
 
 __all__ = ["check", "print_check"]
 
@@ -31,7 +32,7 @@ def check(
     run: Annotated[bool, typer.Option("--run", help="Load the models and compare with per-step decoding.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line.")] = False,
 ) -> None:
-    """Tell whether the models fit together; exit code 1 where they do not."""
+    """Tell whether the models fit together; exit code 1 where they do not. With --run an assistant drafts."""
     if not run and (where.dtype or where.device):
         raise ConfigurationError("--dtype and --device matter to loaded models only; add --run.")
     with quiet(to_stderr=True):
@@ -55,7 +56,7 @@ def _run(models: ModelOptions, where: DeviceOptions) -> SelfTest:
     else:
         text = TEXT if models.task is None else demo.example_prompts(models.task)[0]
         prompt = model.tokenizer(text, return_tensors="pt").input_ids
-    return self_test(model, prompt.to(model.device))
+    return self_test(model, prompt.to(model.device), drafter=None if models.assistant is None else ASSISTANT)
 
 
 def print_check(console: Console, report: CheckReport, result: SelfTest | None) -> None:

@@ -52,7 +52,7 @@ def compare_models(
         raise ConfigurationError(f"--tuned-base={tuned_base} is no folder.")
     asked = _problems(models, problems, template, split)[: batches.limit]
     with quiet(to_stderr=True):
-        model = load(models, where)
+        model = load(models, where, batches)
         if model.tokenizer is None:
             raise ConfigurationError(f"no tokenizer was found beside --base={models.base}; text needs one.")
         tuned = None
@@ -68,8 +68,7 @@ def compare_models(
             stop=["Question:"] if stop is None else stop,
             batch_size=batches.batch_size,
             alpha=batches.alpha,
-            num_draft_tokens=batches.drafts,
-            acceptance=batches.acceptance,
+            **batches.drafting,
         )
     record = comparison.to_dict()
     if output is not None:

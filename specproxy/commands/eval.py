@@ -67,14 +67,13 @@ def evaluate(
     _check(names, files, classifier, annotator_output, against_per_step, batches)
     lm_eval = _integration()
     with quiet(to_stderr=True):
-        model = load(models, where)
+        model = load(models, where, batches)
 
-        def run(num_draft_tokens: int | str) -> tuple[Evaluation, dict[str, Any]]:
+        def run(drafting: dict[str, Any]) -> tuple[Evaluation, dict[str, Any]]:
             lm = lm_eval.ProxyTunedLM(
                 model,
                 alpha=batches.alpha,
-                num_draft_tokens=num_draft_tokens,
-                acceptance=batches.acceptance,
+                **drafting,
                 seed=batches.seed,
                 batch_size=batches.batch_size,
                 max_length=max_length,
@@ -98,8 +97,8 @@ def evaluate(
             return evaluation, generation_summary(lm.speculation)
 
         began = time.perf_counter()
-        evaluation, generation = run(batches.drafts)
-        per_step = run(0) if against_per_step else None
+        evaluation, generation = run(batches.drafting)
+        per_step = run({"num_draft_tokens": 0, "acceptance": batches.acceptance}) if against_per_step else None
     record: dict[str, Any] = {
         "tasks": evaluation.metrics,
         "alpha": model.alpha if batches.alpha is None else batches.alpha,

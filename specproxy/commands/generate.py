@@ -52,7 +52,7 @@ def generate(
         print(f"prompt: {text}", file=sys.stderr)
 
     with quiet(to_stderr=not stream):
-        model = load(models, where)
+        model = load(models, where, decoding)
         if model.tokenizer is None:
             raise ConfigurationError(f"no tokenizer was found beside --base={models.base}; text needs one.")
         input_ids = model.tokenizer(text, return_tensors="pt").input_ids.to(model.device)  # [1, S]
@@ -105,7 +105,8 @@ def _compare(model: ProxyTunedModel, input_ids: torch.Tensor, options: dict[str,
     """Time the call against per-step decoding: a warm-up each, then interleaved pairs in alternating order."""
     if options["num_draft_tokens"] == 0:
         return None
-    settings = {"speculative": options, "per_step": options | {"num_draft_tokens": 0}}
+    per_step = {name: value for name, value in options.items() if name not in ("num_tree_tokens", "drafter")}
+    settings = {"speculative": options, "per_step": per_step | {"num_draft_tokens": 0}}
     rates: dict[str, list[float]] = {name: [] for name in settings}
     tokens: dict[str, list[int]] = {}
     began = time.perf_counter()

@@ -13,26 +13,34 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from specproxy import demo
-from specproxy.commands.arguments import ROLES, DeviceOptions, ModelOptions
+from specproxy.commands.arguments import ROLES, DeviceOptions, DraftingOptions, ModelOptions
 from specproxy.errors import ConfigurationError, SpecProxyError
 from specproxy.model import ProxyTunedModel
+from specproxy.state import ASSISTANT
 
 __all__ = ["load", "quiet"]
 
 
-def load(models: ModelOptions, where: DeviceOptions) -> ProxyTunedModel:
-    """The trio that the options name.
+def load(models: ModelOptions, where: DeviceOptions, drafting: DraftingOptions | None = None) -> ProxyTunedModel:
+    """The models that the options name.
+
+    Args:
+        models: which.
+        where: they run.
+        drafting: who drafts, in a command that lets one choose.
 
     Raises:
-        SpecProxyError: where it cannot be loaded or the device cannot be used.
+        SpecProxyError: where they cannot be loaded, the device cannot be used, or who is to draft is not named.
     """
+    if drafting is not None:
+        _check_drafter(models, drafting)
     dtype = getattr(torch, where.dtype) if where.dtype else None
     try:
         if where.device is not None:
             torch.empty(0, device=where.device)  # fails here rather than half way through loading
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"--device={where.device} cannot be used: {str(error).splitlines()[0]}") from error
-    if models.task is not None and where.num_shards == 1:
+    if models.task is not None and models.assistant is None and where.num_shards == 1:
         return ProxyTunedModel.demo(models.task, device=where.device, dtype=dtype)
     if "anti_expert" not in models.names:
         print("note: without --anti-expert the expert's logits are added as they are.", file=sys.stderr)
@@ -40,7 +48,7 @@ def load(models: ModelOptions, where: DeviceOptions) -> ProxyTunedModel:
     if models.task is not None:
         names, dtype = {**names, "alpha": demo.alpha(models.task)}, dtype or torch.float32
     if where.num_shards > 1:
-        names |= _sharded(where.num_shards, [role for role in ROLES if role in names])
+        names |= _sharded(where.num_shards, [role for role in (*ROLES, ASSISTANT) if role in names])
     try:
         return ProxyTunedModel.from_pretrained(
             **names, dtype=dtype, device_map=where.device, progress=sys.stderr.isatty()
@@ -49,6 +57,14 @@ def load(models: ModelOptions, where: DeviceOptions) -> ProxyTunedModel:
         raise
     except ValueError as error:
         raise ConfigurationError(f"the models could not be loaded: {error}") from error
+
+
+def _check_drafter(models: ModelOptions, drafting: DraftingOptions) -> None:
+    """An assistant that is named drafts, and one that drafts is named."""
+    if drafting.drafter == ASSISTANT and models.assistant is None:
+        raise ConfigurationError(f"--drafter={ASSISTANT} needs a model that drafts; name one by --assistant.")
+    if drafting.drafter != ASSISTANT and models.assistant is not None:
+        raise ConfigurationError(f"--assistant={models.assistant} drafts under --drafter={ASSISTANT} only; add it.")
 
 
 def _sharded(count: int, roles: list[str]) -> dict[str, Any]:

@@ -41,6 +41,8 @@ def vllm_config(
     ] = None,
 ) -> None:
     """Make vLLM serve three models as one proxy-tuned model."""
+    if models.assistant is not None:
+        raise ConfigurationError(f"--assistant={models.assistant}: in vLLM the expert drafts; leave it out.")
     count = _count(num_speculative_tokens, acceptance, cost_ratio)
     if alpha is None:
         alpha = 1.0 if models.task is None else demo.alpha(models.task)

@@ -38,9 +38,10 @@ class ProxyTunedLM(HFLM):
     Args:
         model: a loaded model with a tokenizer; or None, and `demo`, or `base`, `expert` and `anti_expert` name one.
         demo: task of the embedded trio.
-        base, expert, anti_expert: folders or hub names, as in `ProxyTunedModel.from_pretrained`.
+        base, expert, anti_expert, assistant, tokenizer: folders or hub names, as in `ProxyTunedModel.from_pretrained`.
         alpha: proxy strength; the model's own by default.
-        num_draft_tokens, acceptance: as in `ProxyTunedModel.generate`; 0 is per-step decoding.
+        num_draft_tokens, acceptance, drafter, num_tree_tokens: as in `ProxyTunedModel.generate`; 0 drafts are per-step
+            decoding.
         seed: of tasks that sample; every generation has a key of its own that follows from it and its place in the run.
         batch_size: rows of a batch.
         max_length: tokens of prompt and output together; the least that the models' configurations name by default.
@@ -65,9 +66,13 @@ class ProxyTunedLM(HFLM):
         base: str | None = None,
         expert: str | None = None,
         anti_expert: str | None = None,
+        assistant: str | None = None,
+        tokenizer: str | None = None,
         alpha: float | None = None,
         num_draft_tokens: int | str = 4,
         acceptance: str = "rejection",
+        drafter: str | None = None,
+        num_tree_tokens: int = 0,
         seed: int = 0,
         batch_size: int | str | None = 8,
         max_length: int | None = None,
@@ -80,7 +85,8 @@ class ProxyTunedLM(HFLM):
         max_batch_size: int | None = None,
     ) -> None:
         if model is None:
-            model = _load({_BASE: base, _EXPERT: expert, _ANTI_EXPERT: anti_expert}, demo, device, dtype)
+            names = {_BASE: base, _EXPERT: expert, _ANTI_EXPERT: anti_expert}
+            model = _load(names | {"assistant": assistant, "tokenizer": tokenizer}, demo, device, dtype)
         if model.tokenizer is None:
             raise ConfigurationError("tokenizer=None: tasks are text; construct the model with a tokenizer.")
         if isinstance(batch_size, str) and not batch_size.isdecimal():
@@ -96,7 +102,12 @@ class ProxyTunedLM(HFLM):
             )
         self._max_gen_toks = check_integer("max_gen_toks", max_gen_toks, 1, "give a number of tokens")
         self._alpha = model.alpha if alpha is None else check_alpha(alpha)
-        self._speculation: dict[str, Any] = {"num_draft_tokens": num_draft_tokens, "acceptance": acceptance}
+        self._speculation: dict[str, Any] = {
+            "num_draft_tokens": num_draft_tokens,
+            "acceptance": acceptance,
+            "drafter": drafter,
+            "num_tree_tokens": num_tree_tokens,
+        }
         self._seed = check_integer("seed", seed, -(2**63), "give an integer")
         self._drawn = 0
         self._templates = {_BASE: base_template, _EXPERT: expert_template, _ANTI_EXPERT: anti_expert_template}

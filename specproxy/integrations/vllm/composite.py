@@ -20,7 +20,7 @@ from specproxy.adapters import is_adapter
 from specproxy.check import model_without_weights
 from specproxy.config import check_alpha
 from specproxy.errors import ConfigurationError, UnsupportedModelError
-from specproxy.model import find_tokenizer
+from specproxy.pretrained import load_tokenizers
 from specproxy.runner import logits_width, position_limit
 from specproxy.state import ANTI_EXPERT, BASE, EXPERT
 from specproxy.vocab import SharedVocabulary, share_vocabulary
@@ -113,8 +113,7 @@ def inspect_roles(names: Mapping[str, str], tokenizer: str | None = None) -> Rol
         raise ConfigurationError(f"the {missing[0]} is missing: the composite holds a base and a whole pair; name one.")
     models = {role: _inspect(role, names[role]) for role in ROLES}
     widths = {role: logits_width(model) for role, model in models.items()}
-    elsewhere = {} if tokenizer is None else {BASE: tokenizer}
-    tokenizers = {role: find_tokenizer(elsewhere.get(role, names[role])) for role in ROLES}
+    tokenizers = load_tokenizers({role: names[role] for role in ROLES}, tokenizer)
     vocabulary = share_vocabulary(widths, tokenizers)
     found = next((tokenizers[role] for role in ROLES if tokenizers[role] is not None), None)
     return RolesReport(models, widths, vocabulary, found)
