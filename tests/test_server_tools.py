@@ -62,7 +62,7 @@ def _answers(address: str) -> bool:
 def test_sigterm_lets_requests_finish_and_exits_with_0():
     """What runs and waits is finished, what comes later is refused, and the process ends by itself."""
     body = {"prompt": PROMPTS[0], "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stream": True}
-    with process("--max-batch-size", "1") as (server, address, log):
+    with process("--max-batch-size", "1", "--drain-timeout", "600") as (server, address, log):
         with httpx.Client(base_url=address, timeout=120) as client:
             text, late = [], None
             with client.stream("POST", "/v1/completions", json=body) as response:

@@ -108,6 +108,7 @@ LAYERS = [
         "specproxy.server.playground",
         "specproxy.server.streams",
     },
+    {"specproxy.server.grammars"},
     {"specproxy.server.service", "specproxy.server.gate"},
     {"specproxy.server.follow"},
     {"specproxy.server.answers"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import threading
 from typing import Any
 
 import openai
@@ -13,6 +15,8 @@ from fastapi import FastAPI
 
 from specproxy import ConfigurationError, Engine, ProxyTunedModel
 from specproxy.server import ServerSettings, create_app
+from specproxy.server.grammars import Grammars
+from specproxy.server.wire import CompletionRequest
 from specproxy.structured import GrammarCompiler
 
 SCHEMA = {
@@ -123,6 +127,29 @@ def test_bad_structures_are_400(app: FastAPI, fields: dict[str, Any], message: s
     error = response.json()["error"]
     assert response.status_code == 400 and error["type"] == "invalid_request_error"
     assert message in error["message"] and error["param"] == param
+
+
+def test_grammars_are_compiled_once_and_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = ProxyTunedModel.demo().tokenizer
+    grammars = Grammars(tokenizer, [0])
+    request = CompletionRequest(prompt="a", structured_outputs={"json": SCHEMA})
+    loop_went_on = threading.Event()
+    compile_schema = GrammarCompiler.json_schema
+
+    def slowly(self: GrammarCompiler, schema: Any) -> Any:
+        assert loop_went_on.wait(60), "nothing else ran on the event loop"
+        return compile_schema(self, schema)
+
+    monkeypatch.setattr(GrammarCompiler, "json_schema", slowly)
+
+    async def both() -> Any:
+        first = asyncio.ensure_future(grammars.of(request))
+        await asyncio.sleep(0)
+        loop_went_on.set()
+        return await first, await grammars.of(request), await grammars.of(CompletionRequest(prompt="a"))
+
+    first, second, free = asyncio.run(both())
+    assert first is second and first is not None and free is None
 
 
 def test_a_compiler_refuses_what_it_cannot_use() -> None:

@@ -2,6 +2,7 @@
 
 wire.py       requests as clients write them, checked
 settings.py   what an operator decides
+grammars.py   what answers are held to, compiled
 service.py    prompts become ids, requests become handles
 follow.py     handles become text
 answers.py    text becomes answers, whole or in chunks

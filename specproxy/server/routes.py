@@ -56,7 +56,8 @@ def make_router(service: Service, metrics: Metrics) -> APIRouter:
         form: CompletionForm | ChatForm,
     ) -> Response:
         context = context_of(http.scope)
-        choices = service.submit(request, prompts, context.request_id)
+        grammar = await service.grammars.of(request)
+        choices = service.submit(request, prompts, context.request_id, grammar)
         usage = Usage(choices)
 
         def end() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ from specproxy.engine import Engine, RequestHandle
 from specproxy.errors import ConfigurationError, PromptError
 from specproxy.grammar import Grammar
 from specproxy.server.errors import WireError
+from specproxy.server.grammars import Grammars
 from specproxy.server.settings import ServerSettings
 from specproxy.server.wire import ChatRequest, CompletionRequest, GenerationRequest
 from specproxy.state import ANTI_EXPERT, BASE, EXPERT
-from specproxy.structured import GrammarCompiler
 from specproxy.text import OutputText
 from specproxy_kernels import row_keys
 
@@ -107,7 +107,7 @@ class Service:
         self._loop_tokenizer = copy.deepcopy(self.tokenizer)
         self.created = int(time.time())
         self.eos_token_ids = frozenset(_listed(engine.model.generation_config.eos_token_id))
-        self._compiler: GrammarCompiler | None = None  # made at the first request that needs it
+        self.grammars = Grammars(self.tokenizer, self.eos_token_ids)
         self.render([{"role": "user", "content": "Hello"}])  # a template's fault shows before a client does
 
     # Names and limits.
@@ -198,39 +198,20 @@ class Service:
 
     # Requests.
 
-    def _grammar(self, request: GenerationRequest) -> Grammar | None:
-        """What the answer is held to.
-
-        Raises:
-            WireError: 400 for what cannot be compiled.
-        """
-        if request.structure is None:
-            return None
-        kind, value = request.structure
-        try:
-            if self._compiler is None:
-                self._compiler = GrammarCompiler(self.tokenizer, self.eos_token_ids)
-            compilers: dict[str, Callable[[Any], Grammar]] = {
-                "json": self._compiler.json_schema,
-                "regex": self._compiler.regex,
-                "choice": self._compiler.choice,
-            }
-            return compilers[kind](value)
-        except ConfigurationError as error:
-            param = "response_format" if request.structured_outputs is None else "structured_outputs"
-            raise WireError(400, str(error), param=param) from error
-
     def submit(
-        self, request: CompletionRequest | ChatRequest, prompts: Sequence[Prompt], request_id: str
+        self,
+        request: CompletionRequest | ChatRequest,
+        prompts: Sequence[Prompt],
+        request_id: str,
+        grammar: Grammar | None = None,
     ) -> list[Choice]:
-        """Put `n` answers to every prompt in the engine's queue: all of them, or none.
+        """Put `n` answers to every prompt in the engine's queue, each held to `grammar`: all of them, or none.
 
         Raises:
             WireError, ConfigurationError, PromptError: the request is not usable.
             EngineFull, EngineClosed: the engine takes it not now, or not any more.
         """
         self._check_limits(request, len(prompts))
-        grammar = self._grammar(request)
         choices: list[Choice] = []
         try:
             for prompt in prompts:
