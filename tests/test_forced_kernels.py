@@ -11,6 +11,7 @@ import tiny
 import torch
 from kernels.interpreter import quick_interpreter
 from support import PAD, role_prompts
+from toy_grammar import END, Steps
 from transformers import LogitsProcessor
 
 from specproxy import ProxyTunedModel
@@ -41,6 +42,7 @@ LAWS: dict[str, dict[str, Any]] = {
     "min-p": {"top_k": 0, "min_p": 0.1},
     "all": {"top_k": 12, "top_p": 0.9, "min_p": 0.02, "temperature": 1.2, "repetition_penalty": 1.3},
     "banned": {"top_k": 0, "suppress_tokens": [1, 5, 8], "min_new_tokens": 4, "eos_token_id": 3},
+    "grammar": {"top_k": 12, "grammar": Steps(), "eos_token_id": END},
     "processor": {"top_k": 6, "logits_processor": [FavourOdd()]},
 }
 
