@@ -16,19 +16,25 @@ from torch import Tensor
 from transformers import MaxTimeCriteria, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from specproxy.auto import AUTO_DRAFTERS
 from specproxy.config import SpeculationParameters, check_integer
 from specproxy.decode import admit, step
 from specproxy.draft import ExpertDrafter
 from specproxy.errors import ConfigurationError, LogitsError, PromptError
 from specproxy.options import GenerationOptions
-from specproxy.policy import FixedWindow, WindowPolicy
-from specproxy.rows import check_assistant, check_ids, check_lengths, end_ids, make_row, pair_strengths
+from specproxy.policy import FixedWindow, WindowPolicy, fixed_tree
+from specproxy.rows import (
+    check_assistant,
+    check_corpus,
+    check_ids,
+    check_lengths,
+    end_ids,
+    make_row,
+    pair_strengths,
+)
 from specproxy.schedule import CONSTANT, AlphaSchedule
 from specproxy.state import ASSISTANT, BASE, DecodeState, Row
 from specproxy.stats import SpeculationStats
 from specproxy.suffix import LookupCorpus
-from specproxy.tree import TYPICAL_RANK_ACCEPTANCE, TreeShape
 from specproxy.trio import Trio
 from specproxy_kernels import kernel_path, row_keys
 
@@ -81,8 +87,7 @@ def generate(
     check_lengths(trio, prompts, most)
     if options.speculation.drafter == ASSISTANT:
         check_assistant(trio, prompts[BASE], most)
-    if corpus is not None and not isinstance(corpus, LookupCorpus):
-        raise ConfigurationError(f"corpus is a {type(corpus).__name__}; give a LookupCorpus.")
+    check_corpus(corpus)
     if streamer is not None and not (hasattr(streamer, "put") or hasattr(streamer, "put_row")):
         raise ConfigurationError(f"streamer={streamer!r} has neither put() nor put_row(); give a streamer.")
     if streamer is not None and batch != 1 and not hasattr(streamer, "put_row"):
@@ -174,10 +179,9 @@ def _decode(
         runners = stack.enter_context(trio.runners(len(rows), capacity, speculation.cuda_graphs))
         policy: WindowPolicy
         if isinstance(count, str):
-            drafters = AUTO_DRAFTERS if speculation.drafter is None else (speculation.drafter,)
-            policy = stack.enter_context(trio.policy(drafters, captured=runners.graphs is not None))
+            policy = stack.enter_context(trio.policy(speculation.drafter, captured=runners.graphs is not None))
         else:
-            policy = _fixed_window(trio, speculation, drafter)
+            policy = FixedWindow(count, drafter, fixed_tree(speculation, trio.vocabulary.size))
         state = DecodeState(
             runners.max_rows,
             trio.device,
@@ -200,16 +204,6 @@ def _decode(
     total = perf_counter() - began
     stats.seconds = {"total": total, **seconds, "other": total - sum(seconds.values())}
     return stats
-
-
-def _fixed_window(trio: Trio, speculation: SpeculationParameters, drafter: str) -> FixedWindow:
-    """The same chain or tree in every cycle."""
-    count = int(speculation.num_draft_tokens)
-    if not speculation.num_tree_tokens:
-        return FixedWindow(count, drafter)
-    ranks = TYPICAL_RANK_ACCEPTANCE[: trio.vocabulary.size]
-    tree = TreeShape.best_tree(ranks, speculation.num_tree_tokens, count)
-    return FixedWindow(tree.depth, drafter, tree)
 
 
 def _stopping_criteria(options: GenerationOptions) -> list[Any]:

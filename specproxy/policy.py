@@ -7,13 +7,14 @@ policy that learns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from specproxy.config import SpeculationParameters
 from specproxy.costs import ForwardTime
-from specproxy.tree import TreeShape
+from specproxy.tree import TYPICAL_RANK_ACCEPTANCE, TreeShape
 
-__all__ = ["CycleReport", "FixedWindow", "Match", "Outlook", "Plan", "WindowPolicy"]
+__all__ = ["CycleReport", "FixedWindow", "Match", "Outlook", "Plan", "WindowPolicy", "fixed_tree"]
 
 
 @dataclass(frozen=True)
@@ -118,24 +119,38 @@ class WindowPolicy(Protocol):
 
 
 class FixedWindow:
-    """Always the same number of drafts.
+    """Always the same number of drafts, or the same tree.
 
     Args:
-        count: drafts per cycle; 0 is per-step decoding.
+        count: drafts of a chain; 0 is per-step decoding.
         drafter: who proposes them.
-        tree: drafted in place of a chain; `count` is then its depth.
+        tree: drafted in place of the chain by the expert, wherever equality decides.
     """
 
     offers_wanted = 0
 
     def __init__(self, count: int, drafter: str = "expert", tree: TreeShape | None = None) -> None:
-        self._plan = Plan(count, drafter, tree)
+        self._count, self._drafter, self._tree = count, drafter, tree
 
     def plan(self, outlook: Outlook) -> Plan:
-        """The fixed number, as far as there is room."""
-        count = min(self._plan.num_drafts, outlook.most)
-        tree = None if self._plan.tree is None or count == 0 else self._plan.tree.cut(count)
-        return replace(self._plan, num_drafts=count, tree=tree)
+        """The fixed chain or tree, as far as there is room."""
+        if self._tree is not None and outlook.equality and outlook.most:
+            tree = self._tree.cut(outlook.most)
+            return Plan(tree.depth, self._drafter, tree)
+        return Plan(min(self._count, outlook.most), self._drafter)
 
     def observe(self, report: CycleReport) -> None:
         """Nothing to learn."""
+
+
+def fixed_tree(speculation: SpeculationParameters, vocab_size: int) -> TreeShape | None:
+    """The tree that a call asks for, laid out for a typical expert; None where it asks for chains.
+
+    Args:
+        speculation: of the call.
+        vocab_size: V: a node has at most as many guesses.
+    """
+    if not speculation.num_tree_tokens:
+        return None
+    ranks = TYPICAL_RANK_ACCEPTANCE[:vocab_size]
+    return TreeShape.best_tree(ranks, speculation.num_tree_tokens, int(speculation.num_draft_tokens))

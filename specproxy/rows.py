@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from specproxy.config import check_alpha, check_integer
 from specproxy.errors import ConfigurationError, PromptError
@@ -19,7 +20,16 @@ from specproxy.state import BASE, Row, StoppingCriterion
 from specproxy.suffix import LookupCorpus
 from specproxy.trio import Trio
 
-__all__ = ["check_assistant", "check_ids", "check_lengths", "end_ids", "make_row", "pair_strengths"]
+__all__ = [
+    "assistant_of",
+    "check_assistant",
+    "check_corpus",
+    "check_ids",
+    "check_lengths",
+    "end_ids",
+    "make_row",
+    "pair_strengths",
+]
 
 
 def check_ids(trio: Trio, role: str, where: str, prompt: Sequence[int]) -> None:
@@ -99,6 +109,17 @@ def pair_strengths(trio: Trio, alpha: Any) -> tuple[float, ...]:
     return tuple(map(check_alpha, alpha))
 
 
+def assistant_of(trio: Trio) -> PreTrainedModel:
+    """The assistant, where it is to draft.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    if trio.assistant is None:
+        raise ConfigurationError('drafter="assistant" needs an assistant; construct the model with assistant=...')
+    return trio.assistant
+
+
 def check_assistant(trio: Trio, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Hold the base's prompts and the budget against the assistant, which reads them too.
 
@@ -106,18 +127,27 @@ def check_assistant(trio: Trio, prompts: Sequence[Sequence[int]], max_new_tokens
         ConfigurationError: there is no assistant.
         PromptError: it cannot read the prompts, or has too few positions.
     """
-    if trio.assistant is None:
-        raise ConfigurationError('drafter="assistant" needs an assistant; construct the model with assistant=...')
-    size = int(trio.assistant.get_input_embeddings().weight.shape[0])
+    assistant = assistant_of(trio)
+    size = int(assistant.get_input_embeddings().weight.shape[0])
     outside = next((token for prompt in prompts for token in prompt if token >= size), None)
     if outside is not None:
         raise PromptError(f"the prompt holds id {outside}, outside the assistant's vocabulary of {size}.")
-    limit, longest = position_limit(trio.assistant), max(map(len, prompts))
+    limit, longest = position_limit(assistant), max(map(len, prompts))
     if limit is not None and longest + max_new_tokens > limit:
         raise PromptError(
             f"the prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceeds the assistant's {limit} "
             "positions; use another drafter."
         )
+
+
+def check_corpus(corpus: Any) -> None:
+    """Hold what lookup is to copy from to its kind.
+
+    Raises:
+        ConfigurationError: it is neither a LookupCorpus nor None.
+    """
+    if corpus is not None and not isinstance(corpus, LookupCorpus):
+        raise ConfigurationError(f"corpus is a {type(corpus).__name__}; give a LookupCorpus.")
 
 
 def make_row(

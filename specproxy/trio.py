@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from specproxy.adapters import EVERY_TOKEN, LoraSwitch, is_adapted, without_adapter
 from specproxy.attention import borrowed
-from specproxy.auto import AutoPolicy
+from specproxy.auto import AUTO_DRAFTERS, AutoPolicy
 from specproxy.config import check_alpha
 from specproxy.costs import ForwardTime
 from specproxy.errors import ConfigurationError
@@ -132,6 +132,7 @@ class TrioRunners:
             runner.timer.rewind((0.0, []))
         if self.assistant is not None:
             self.assistant_rows = []
+            self.assistant.cache.empty(0, self.max_rows)
             self.assistant.timer.rewind((0.0, []))
         self.reserve(capacity)
 
@@ -295,13 +296,14 @@ class Trio:
         return None
 
     @contextmanager
-    def policy(self, drafters: tuple[str, ...], captured: bool) -> Iterator[AutoPolicy]:
+    def policy(self, drafter: str | None, captured: bool) -> Iterator[AutoPolicy]:
         """The policy that learns, for one call: with what it knows from earlier ones, where no other call has it.
 
         Args:
-            drafters: who may draft, by name.
+            drafter: who drafts, by name; None leaves it to the policy.
             captured: whether cycles are captured, which changes what they cost.
         """
+        drafters = AUTO_DRAFTERS if drafter is None else (drafter,)
         with self._lock:
             policy = self._policies.pop((drafters, captured), None) or AutoPolicy(drafters, captured=captured)
         policy.start()

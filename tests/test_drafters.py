@@ -132,8 +132,9 @@ def test_equal_models_keep_every_draft_of_the_assistant() -> None:
 
 
 def test_an_assistant_one_position_late_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def late(state: Any, runners: Any, runner: Any) -> None:
-        own(state, runners, runner)
+    def late(state: Any, runners: Any) -> None:
+        own(state, runners)
+        runner = runners.assistant
         lengths = runner.cache.host_lengths[: len(state)]
         runner.cache.set_lengths(0, [max(0, length - (length > 9)) for length in lengths])
         runner.cache.host_lengths[: len(state)] = lengths

@@ -16,7 +16,7 @@ from support import role_prompts
 from benchmarks.recordings import record
 from benchmarks.replay import Costs, Recording, best_fixed, replay, synthetic_recording
 from specproxy import ProxyTunedModel
-from specproxy.auto import AUTO_DRAFTERS, AutoPolicy
+from specproxy.auto import AutoPolicy
 from specproxy.costs import CostTable, ForwardTime
 from specproxy.draft.lookup import Offer
 from specproxy.forecast import Forecast
@@ -388,9 +388,9 @@ def test_recordings_tell_what_windows_give(model):
 def test_what_was_learnt_serves_the_next_call(model):
     call(model, "auto")
     trio = model._trio
-    with trio.policy(AUTO_DRAFTERS, False) as policy:
+    with trio.policy(None, False) as policy:
         assert policy.plan(Outlook((0,), (8,), 8)).expected is not None
-        with trio.policy(AUTO_DRAFTERS, False) as other:
+        with trio.policy(None, False) as other:
             assert other is not policy, "two calls at once share a policy"
 
 

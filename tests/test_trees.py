@@ -78,7 +78,7 @@ def with_tree(monkeypatch: pytest.MonkeyPatch, shape: TreeShape) -> list[CycleRe
         def observe(self, report: CycleReport) -> None:
             reports.append(report)
 
-    monkeypatch.setattr(specproxy.generate, "_fixed_window", lambda *args: Fixed(shape.depth, tree=shape))
+    monkeypatch.setattr(specproxy.generate, "FixedWindow", lambda *args: Fixed(shape.depth, tree=shape))
     return reports
 
 

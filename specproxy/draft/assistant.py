@@ -19,7 +19,7 @@ from specproxy.state import BASE, DecodeState, Draft, Row
 from specproxy.trio import TrioRunners
 from specproxy_kernels import DraftLaw, NoiseStream
 
-__all__ = ["AssistantDrafter"]
+__all__ = ["AssistantDrafter", "adopt_row"]
 
 _LONGEST_WINDOW = 64  # tokens; a longer delay is made up for as a prompt is read
 _PIECE = 2048
@@ -54,7 +54,7 @@ class AssistantDrafter:
         assert runner is not None, "there is no assistant"
         parameters = state.warp(count + 1)
         noise.expect(count + (state.rule == "coupled"))
-        _find_rows(state, runners, runner)
+        _find_rows(state, runners)
         logits = _catch_up(state, runner).to(state.device)
         drafts = torch.empty(state.width, 0, dtype=torch.long, device=state.device)
         laws: list[DraftLaw] = []
@@ -79,9 +79,28 @@ def _text(row: Row, first: int, last: int) -> list[int]:
     return prompt[first:last] + row.tokens[max(0, first - len(prompt)) : max(0, last - len(prompt))]
 
 
-def _find_rows(state: DecodeState, runners: TrioRunners, runner: Runner) -> None:
+def adopt_row(state: DecodeState, runners: TrioRunners, row: Row, slot: int) -> None:
+    """Place a row behind those in flight that the assistant has read up to its pending token, in another slot.
+
+    Args:
+        state: the rows in flight, which the row joins next.
+        runners: of the models.
+        row: what has been read.
+        slot: where, in the assistant's cache; behind all rows in flight.
+    """
+    assert runners.assistant is not None, "there is no assistant"
+    _find_rows(state, runners)  # what stands in the row's place may have moved
+    cache = runners.assistant.cache
+    cache.clear(len(state))
+    cache.move(slot, len(state))
+    runners.assistant_rows.append(row)
+    row.memory[AssistantDrafter.name] = _Reading(_length(row), torch.empty(1, 0, dtype=torch.long), 0)
+
+
+def _find_rows(state: DecodeState, runners: TrioRunners) -> None:
     """Set every slot's cached length to what still holds of its row, which may have moved or be new."""
-    cache, owners = runner.cache, runners.assistant_rows
+    assert runners.assistant is not None, "there is no assistant"
+    cache, owners = runners.assistant.cache, runners.assistant_rows
     held: dict[int, int] = {}
     for slot, owner in enumerate(owners):
         reading: _Reading | None = owner.memory.get(AssistantDrafter.name)
@@ -103,6 +122,7 @@ def _find_rows(state: DecodeState, runners: TrioRunners, runner: Runner) -> None
         cache.clear(slot)
         if source is None:
             cache.set_lengths(slot, [0])
+            row.memory.pop(AssistantDrafter.name, None)
         else:
             cache.move(source, slot)
     runners.assistant_rows = list(state.rows)

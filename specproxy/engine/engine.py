@@ -6,7 +6,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal
@@ -14,17 +14,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from specproxy.auto import AutoPolicy
-from specproxy.config import SamplingParameters, SpeculationParameters, check_integer
+from specproxy.config import MAX_DRAFT_TOKENS, SamplingParameters, SpeculationParameters, check_integer
+from specproxy.draft import ExpertDrafter
 from specproxy.engine.handle import RequestHandle
 from specproxy.engine.prefixes import PrefixStore
-from specproxy.engine.requests import describe, make_request
-from specproxy.engine.scheduler import Queue, Scheduler
+from specproxy.engine.queue import Queue
+from specproxy.engine.requests import Terms, describe, make_request
+from specproxy.engine.scheduler import Scheduler
+from specproxy.engine.status import EngineStats, Health
 from specproxy.errors import ConfigurationError, EngineClosed, EngineFull
 from specproxy.graphs import bucket
 from specproxy.model import ProxyTunedModel
+from specproxy.policy import FixedWindow, WindowPolicy, fixed_tree
+from specproxy.rows import assistant_of, check_corpus
+from specproxy.runner import position_limit
 from specproxy.schedule import AlphaSchedule
-from specproxy.stats import SpeculationStats
+from specproxy.state import ASSISTANT
+from specproxy.suffix import LookupCorpus
+from specproxy.trio import Trio, TrioRunners
 
 __all__ = ["Engine", "EngineStats", "Health"]
 
@@ -32,60 +39,12 @@ _DEFAULT_MODEL_LEN = 4096  # where no model names a limit of its own
 _FIRST_CAPACITY = 256  # positions of the caches to begin with; they grow with the texts
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """What an engine does and has done; figures of a running engine may be a cycle apart.
-
-    Args:
-        running, reading, waiting: requests that decode, whose prompt is being read, in the queue.
-        free_rows: of `max_batch_size`.
-        kv_usage: positions taken, of all that `max_batch_size` rows of `max_model_len` would take.
-        cycles: of the decode loop so far.
-        failed_turns: cycles and prompts that broke off with an exception.
-        prompt_tokens, reused_tokens: of the requests begun; whose keys and values came from another request.
-        kept_prefixes, kept_positions: of ended requests, for prompts to come.
-        finished: requests by "stop", "length", "cancelled", "deadline" and "error".
-        windows: cycles by their number of drafts.
-        speculation: counts over all requests.
-    """
-
-    running: int = 0
-    reading: int = 0
-    waiting: int = 0
-    free_rows: int = 0
-    kv_usage: float = 0.0
-    cycles: int = 0
-    failed_turns: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    kept_prefixes: int = 0
-    kept_positions: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
-    windows: dict[int, int] = field(default_factory=dict)
-    speculation: SpeculationStats = field(default_factory=SpeculationStats)
-
-
-@dataclass(frozen=True)
-class Health:
-    """How an engine is.
-
-    Args:
-        state: "ready", "draining" (finishes what it has), "closed", or "dead" (its loop has ended with an error).
-        reason: what it died of.
-    """
-
-    state: str
-    reason: str | None = None
-
-
 @dataclass
 class _Shared:
     """What the loop's thread needs. It must not hold the engine itself, so that one nobody uses can go."""
 
-    model: ProxyTunedModel
-    speculation: SpeculationParameters
+    terms: Terms
     max_batch_size: int
-    max_model_len: int
     max_total_tokens: int
     prefill_chunk: int
     prefix_cache: int
@@ -117,7 +76,7 @@ class _Shared:
             reading=int(scheduler.reading is not None),
             waiting=len(self.queue),
             free_rows=self.max_batch_size - running,
-            kv_usage=scheduler.num_positions / (self.max_batch_size * self.max_model_len),
+            kv_usage=scheduler.num_positions / (self.max_batch_size * self.terms.max_model_len),
             cycles=counts.cycles,
             failed_turns=counts.failed_turns,
             prompt_tokens=counts.prompt_tokens,
@@ -148,10 +107,10 @@ class _Shared:
 class Engine:
     """Continuous batching for a `ProxyTunedModel`: requests join and leave between the cycles of one decode loop.
 
-    A request is a call of `generate` with one row. Its law never depends on its neighbours, nor do its tokens: with a
-    fixed number of drafts under every rule, with "auto" where it is greedy or the rule is "coupled". The loop runs in a
-    thread that starts with the first request; until `close` the models belong to it. No reader holds it up: tokens that
-    nobody has read yet are kept, at most `max_new_tokens` of each request.
+    A request is a call of `generate` with one row. Its law never depends on its neighbours, nor do its tokens, whoever
+    drafts: with a fixed number of drafts under every rule, with "auto" where it is greedy or the rule is "coupled". The
+    loop runs in a thread that starts with the first request; until `close` the models belong to it. No reader holds it
+    up: tokens that nobody has read yet are kept, at most `max_new_tokens` of each request.
 
     Args:
         model: what generates.
@@ -161,6 +120,12 @@ class Engine:
         max_queue: requests that may wait; `submit` refuses more.
         num_draft_tokens: drafts a cycle, or "auto"; a request may ask for another number, under "auto" for fewer.
         acceptance: "rejection", "block" or "coupled".
+        drafter: as in `generate`; an assistant reads every prompt anew, beside the others' pieces.
+        num_tree_tokens: nodes of a token tree, at most 63, that cycles draft in place of a chain, up to
+            `num_draft_tokens` deep, as long as the rule is "coupled" or every request in flight is greedy; beside a
+            request that samples under another rule all of them draft chains.
+        corpus: texts beside a request's own that lookup may copy from; the model's `corpus` by default. A refused draft
+            that was copied from there shows in `Block.refused`.
         prefill_chunk: prompt tokens read between two cycles: fewer hold up the others less.
         prefix_cache: positions of ended requests whose keys and values are kept for prompts that begin alike; 0 reads
             every prompt anew.
@@ -188,6 +153,9 @@ class Engine:
         max_queue: int = 256,
         num_draft_tokens: int | Literal["auto"] = 4,
         acceptance: str = "rejection",
+        drafter: str | None = None,
+        num_tree_tokens: int = 0,
+        corpus: LookupCorpus | None = None,
         prefill_chunk: int = 256,
         prefix_cache: int = 4096,
         max_total_tokens: int | None = None,
@@ -199,12 +167,16 @@ class Engine:
             raise ConfigurationError(
                 "model: its base is sharded over processes, and a request reaches only one; give a base in one piece."
             )
-        speculation = SpeculationParameters(num_draft_tokens, acceptance, cuda_graphs)
+        speculation = SpeculationParameters(num_draft_tokens, acceptance, cuda_graphs, num_tree_tokens, drafter)
+        corpus = model.corpus if corpus is None else corpus
+        check_corpus(corpus)
         check_integer("max_batch_size", max_batch_size, 1, "at least one request has to decode")
         check_integer("max_queue", max_queue, 1, "at least one request has to wait for the loop")
         check_integer("prefill_chunk", prefill_chunk, 1, "prompts have to be read")
         check_integer("prefix_cache", prefix_cache, 0, "0 keeps nothing")
-        limits = [limit for limit in model._trio.position_limits.values() if limit is not None]
+        named = [*model._trio.position_limits.values()]
+        named += [position_limit(assistant_of(model._trio))] if drafter == ASSISTANT else []
+        limits = [limit for limit in named if limit is not None]
         if max_model_len is None:
             max_model_len = min(limits, default=_DEFAULT_MODEL_LEN)
         check_integer("max_model_len", max_model_len, 2, "a prompt token and a new one have to fit")
@@ -216,10 +188,8 @@ class Engine:
         self.model = model
         self.max_model_len = max_model_len
         self._shared = _Shared(
-            model,
-            speculation,
+            Terms(model._trio, speculation, max_model_len, corpus),
             max_batch_size,
-            max_model_len,
             max_total_tokens,
             prefill_chunk,
             prefix_cache,
@@ -287,12 +257,10 @@ class Engine:
         shared, queue = self._shared, self._shared.queue
         self._check_room()  # both before the work of checking arguments, and again behind it
         request = make_request(
-            self.model._trio,
+            shared.terms,
             next(self._numbers),
             prompt,
             queue.wake,
-            default_num_draft_tokens=shared.speculation.num_draft_tokens,
-            max_model_len=self.max_model_len,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             alpha=alpha,
@@ -383,19 +351,21 @@ def _stop(shared: _Shared) -> None:
 @contextmanager
 def _serving(shared: _Shared) -> Iterator[Scheduler]:
     """Borrow the models, and make what runs the requests; in the thread that runs them."""
-    trio, count, speculation = shared.model._trio, shared.max_batch_size, shared.speculation
+    trio, speculation, count = shared.terms.trio, shared.terms.speculation, shared.max_batch_size
     staging = bucket(count, 2 * count)  # a captured cycle runs over a power of two of rows; prompts stand behind them
-    capacity = min(shared.max_model_len, _FIRST_CAPACITY)
+    capacity = min(shared.terms.max_model_len, _FIRST_CAPACITY)
     with (
         torch.cuda.device(trio.device) if trio.device.type == "cuda" else nullcontext(),
         torch.inference_mode(),
         trio.runners(staging + 1, capacity, speculation.cuda_graphs) as runners,
+        _policy(trio, speculation, runners) as policy,
     ):
         shared.scheduler = Scheduler(
             trio,
             runners,
             shared.queue,
-            policy=AutoPolicy(captured=runners.graphs is not None) if speculation.num_draft_tokens == "auto" else None,
+            policy=policy,
+            has_assistant=speculation.drafter == ASSISTANT,
             rule=speculation.acceptance,
             max_batch_size=count,
             staging=staging,
@@ -404,6 +374,16 @@ def _serving(shared: _Shared) -> Iterator[Scheduler]:
             prefixes=PrefixStore(shared.prefix_cache),
         )
         yield shared.scheduler
+
+
+def _policy(
+    trio: Trio, speculation: SpeculationParameters, runners: TrioRunners
+) -> AbstractContextManager[WindowPolicy]:
+    """Who chooses windows: the policy that learns, or what is fixed, as wide as some request in flight wants."""
+    if speculation.num_draft_tokens == "auto":
+        return trio.policy(speculation.drafter, captured=runners.graphs is not None)
+    drafter = speculation.drafter or ExpertDrafter.name
+    return nullcontext(FixedWindow(MAX_DRAFT_TOKENS, drafter, fixed_tree(speculation, trio.vocabulary.size)))
 
 
 def _run(shared: _Shared) -> None:

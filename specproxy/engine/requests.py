@@ -14,21 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specproxy.config import MAX_DRAFT_TOKENS, SamplingParameters, check_integer, check_number
+from specproxy.config import MAX_DRAFT_TOKENS, SamplingParameters, SpeculationParameters, check_integer, check_number
 from specproxy.engine.handle import Block, RequestHandle, RequestOutput, TokenLogprob
 from specproxy.engine.logprobs import token_logprobs
 from specproxy.errors import ConfigurationError, PromptError
 from specproxy.grammar import GrammarWalk
 from specproxy.options import parse_options
 from specproxy.processors import RowLaw
-from specproxy.rows import check_ids, check_lengths, end_ids, make_row, pair_strengths
+from specproxy.rows import check_assistant, check_ids, check_lengths, end_ids, make_row, pair_strengths
 from specproxy.schedule import CONSTANT, AlphaSchedule
-from specproxy.state import BASE, Row
+from specproxy.state import ASSISTANT, BASE, Row
 from specproxy.stats import SpeculationStats
+from specproxy.suffix import LookupCorpus
 from specproxy.trio import Trio
 from specproxy_kernels import kernel_path, row_keys
 
-__all__ = ["MAX_LOGPROBS", "Request", "describe", "make_request"]
+__all__ = ["MAX_LOGPROBS", "Request", "Terms", "describe", "make_request"]
 
 MAX_LOGPROBS = 100
 _SAMPLING = tuple(field.name for field in fields(SamplingParameters))
@@ -47,7 +48,27 @@ _REFUSED = {
     "generation_config": "give its values as keywords",
     "acceptance": "it belongs to the engine",
     "cuda_graphs": "it belongs to the engine",
+    "drafter": "it belongs to the engine",
+    "num_tree_tokens": "it belongs to the engine",
+    "corpus": "it belongs to the engine",
 }
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an engine holds every request to.
+
+    Args:
+        trio: the models.
+        speculation: how windows are drafted and verified.
+        max_model_len: positions of a request, prompt and new tokens together.
+        corpus: texts that lookup may copy from.
+    """
+
+    trio: Trio
+    speculation: SpeculationParameters
+    max_model_len: int
+    corpus: LookupCorpus | None = None
 
 
 @dataclass
@@ -134,13 +155,11 @@ class Request:
 
 
 def make_request(
-    trio: Trio,
+    terms: Terms,
     number: int,
     prompt: Sequence[int] | Tensor,
     wake: Callable[[], None],
     *,
-    default_num_draft_tokens: int | str,
-    max_model_len: int,
     max_new_tokens: int | None = None,
     sampling: SamplingParameters | None = None,
     alpha: float | Sequence[float] | None = None,
@@ -162,6 +181,7 @@ def make_request(
     Raises:
         ConfigurationError, PromptError: naming what is not usable.
     """
+    trio, max_model_len = terms.trio, terms.max_model_len
     for name, remedy in _REFUSED.items():
         if arguments.get(name) is not None:
             raise ConfigurationError(f"{name}={arguments[name]!r} is not an argument of a request: {remedy}.")
@@ -176,7 +196,7 @@ def make_request(
         arguments["top_k"] = sampling.top_k or 0  # None would be Transformers' default, which keeps 50
     scores_only = max_new_tokens == 0 and not isinstance(max_new_tokens, bool)
     given = arguments | {"max_new_tokens": 1 if scores_only else max_new_tokens}
-    most_drafts = _most_drafts(num_draft_tokens, default_num_draft_tokens)
+    most_drafts = _most_drafts(num_draft_tokens, terms.speculation.num_draft_tokens)
     options = parse_options(given, None, most_drafts, "rejection", None)
     least, most = (0, 0) if scores_only else options.budget(len(prompts[BASE]))
     check_lengths(trio, {role: [ids] for role, ids in prompts.items()}, most)
@@ -186,6 +206,8 @@ def make_request(
             f"a prompt of {longest} tokens + max_new_tokens={most} exceeds the engine's max_model_len={max_model_len}; "
             f"shorten the prompt or ask for at most {max(max_model_len - longest, 0)} tokens."
         )
+    if terms.speculation.drafter == ASSISTANT:
+        check_assistant(trio, [prompts[BASE]], most)
     if not isinstance(ignore_eos, bool):
         raise ConfigurationError(f"ignore_eos={ignore_eos!r} must be True or False.")
     if options.law.grammar is not None and (ignore_eos or least):
@@ -215,6 +237,7 @@ def make_request(
         eos_token_ids=eos,
         stopping_criteria=options.stopping_criteria,
         schedule=alpha_schedule or CONSTANT,
+        corpus=terms.corpus,
     )
     row.index = number
     row.max_draft_tokens = most_drafts

@@ -8,57 +8,27 @@ with others are the queue and the handles.
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from dataclasses import dataclass, field, replace
-from threading import Condition
+from collections import Counter
+from dataclasses import dataclass, field
 from time import monotonic
 
 import torch
 
 from specproxy.decode import evict_finished, step
-from specproxy.engine.logprobs import token_logprobs
 from specproxy.engine.prefixes import PrefixStore
+from specproxy.engine.prompts import PromptReader, Reading
+from specproxy.engine.queue import Queue
 from specproxy.engine.requests import Request, describe
-from specproxy.policy import CycleReport, Outlook, Plan, WindowPolicy
+from specproxy.engine.windows import RowWindows
+from specproxy.policy import WindowPolicy
 from specproxy.state import BASE, FINISHED, DecodeState, Row
 from specproxy.stats import SpeculationStats
 from specproxy.trio import Trio, TrioRunners
-from specproxy_kernels import combine_logits, kernel_path
+from specproxy_kernels import kernel_path
 
 __all__ = ["Counts", "Queue", "Scheduler"]
 
 _MAX_FAULTS = 3  # cycles, or prompts, that may fail in a row before the loop gives up
-
-
-class Queue:
-    """Requests that wait, at most so many; shared between callers and the loop.
-
-    Args:
-        size: how many may wait.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.changed = Condition()
-        self.requests: deque[Request] = deque()
-
-    def __len__(self) -> int:
-        return len(self.requests)
-
-    def wake(self) -> None:
-        """Let the loop look again."""
-        with self.changed:
-            self.changed.notify_all()
-
-    def pop(self) -> Request | None:
-        """The one that has waited longest."""
-        with self.changed:
-            return self.requests.popleft() if self.requests else None
-
-    def take(self, unwanted: set[int]) -> None:
-        """Take out the requests with these row numbers."""
-        with self.changed:
-            self.requests = deque(request for request in self.requests if request.row.index not in unwanted)
 
 
 @dataclass
@@ -84,51 +54,6 @@ class Counts:
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
 
 
-class _Windows:
-    """A policy that plans no wider window than some row takes part in, and counts what was chosen.
-
-    Args:
-        policy: chooses; None takes the widest that a row wants.
-        counts: where to count.
-        rows: those in flight.
-    """
-
-    def __init__(self, policy: WindowPolicy | None, counts: Counts, rows: DecodeState) -> None:
-        self._policy, self._counts, self._rows = policy, counts, rows
-
-    @property
-    def offers_wanted(self) -> int:
-        """See `WindowPolicy`."""
-        return 0 if self._policy is None else self._policy.offers_wanted
-
-    def plan(self, outlook: Outlook) -> Plan:
-        """See `WindowPolicy`."""
-        most = min(outlook.most, max(row.max_draft_tokens for row in self._rows.rows))
-        return Plan(most) if self._policy is None else self._policy.plan(replace(outlook, most=most))
-
-    def observe(self, report: CycleReport) -> None:
-        """See `WindowPolicy`."""
-        self._counts.windows[report.plan.num_drafts] += 1
-        if self._policy is not None:
-            self._policy.observe(report)
-
-
-@dataclass
-class _Reading:
-    """A request whose prompt is being read, and how far it is in every role."""
-
-    request: Request
-    done: dict[str, int]
-
-    def left(self, role: str) -> int:
-        """Tokens to read; the prompt's last one opens the first window."""
-        return len(self.request.row.prompts[role]) - 1 - self.done[role]
-
-    @property
-    def is_done(self) -> bool:
-        return all(self.left(role) == 0 for role in self.done)
-
-
 class Scheduler:
     """Runs requests through the rows of one decode state.
 
@@ -136,7 +61,8 @@ class Scheduler:
         trio: the models.
         runners: theirs, with at least `staging` + 1 rows.
         queue: where requests come from.
-        policy: chooses windows; None takes the widest that a row in flight wants.
+        policy: chooses windows, within what some row in flight wants.
+        has_assistant: whether the assistant may draft.
         rule: acceptance rule.
         max_batch_size: rows in flight at most.
         staging: the slot in which prompts are read, behind every slot that a cycle may touch.
@@ -151,7 +77,8 @@ class Scheduler:
         runners: TrioRunners,
         queue: Queue,
         *,
-        policy: WindowPolicy | None,
+        policy: WindowPolicy,
+        has_assistant: bool,
         rule: str,
         max_batch_size: int,
         staging: int,
@@ -160,7 +87,7 @@ class Scheduler:
         prefixes: PrefixStore,
     ) -> None:
         self.runners, self.queue, self.prefixes = runners, queue, prefixes
-        self.max_batch_size, self.staging = max_batch_size, staging
+        self.max_batch_size = max_batch_size
         self.max_total_tokens, self.prefill_chunk = max_total_tokens, prefill_chunk
         self.state = DecodeState(
             runners.max_rows,
@@ -173,9 +100,14 @@ class Scheduler:
         )
         self.counts = Counts(speculation=SpeculationStats(kernels=kernel_path(trio.device)))
         self.running: dict[int, Request] = {}  # by the number of their row
-        self.reading: _Reading | None = None
-        self._policy = _Windows(policy, self.counts, self.state)
+        self._prompts = PromptReader(runners, self.state, staging, prefixes, has_assistant)
+        self._policy = RowWindows(policy, self.counts.windows, self.state)
         self._faults = Counter[str]()  # in a row, over prompts and in cycles
+
+    @property
+    def reading(self) -> Reading | None:
+        """The request whose prompt is being read."""
+        return self._prompts.reading
 
     @property
     def has_work(self) -> bool:
@@ -229,7 +161,7 @@ class Scheduler:
         """End every request that has begun; the loop runs no more."""
         for request in [*self.running.values(), *([self.reading.request] if self.reading else [])]:
             self._finish(request, reason, error)
-        self.reading = None
+        self._prompts.reading = None
 
     # Prompts.
 
@@ -242,9 +174,9 @@ class Scheduler:
             assert self.reading is not None
             request = self.reading.request
             try:
-                budget -= self._read_piece(self.reading, budget)
+                budget -= self._prompts.read(budget)
                 if self.reading.is_done:
-                    self.reading = None
+                    self._prompts.reading = None
                     self._admit(request)
                 self._faults["prompt"] = 0
             except Exception as error:
@@ -263,89 +195,34 @@ class Scheduler:
                 return False
             request = self.queue.requests.popleft()
         request.handle.timings.started = monotonic()
-        prompts = request.row.prompts
-        self.reading = _Reading(request, dict.fromkeys(prompts, 0))
-        if request.prompt_logprobs is None:  # they need the logits of every position
-            try:
-                self.reading.done = self._reuse(prompts)
-            except Exception as error:
-                self._drop_reading("error", f"its prompt could not be read: {describe(error)}")
-                self._count_fault("prompt", error)
-                return self._begin_reading()
-        request.num_reused_tokens = self.reading.done[BASE]
-        self.counts.prompt_tokens += len(prompts[BASE])
+        try:
+            self._prompts.begin(request)
+        except Exception as error:
+            self._drop_reading("error", f"its prompt could not be read: {describe(error)}", request)
+            self._count_fault("prompt", error)
+            return self._begin_reading()
+        self.counts.prompt_tokens += len(request.row.prompts[BASE])
         self.counts.reused_tokens += request.num_reused_tokens
         return True
-
-    def _reuse(self, prompts: dict[str, list[int]]) -> dict[str, int]:
-        """Begin the slot for prompts with what is known of them; how much that is, per role."""
-        if not self.prefixes.max_positions:
-            return dict.fromkeys(prompts, 0)
-        held = [self._held(row, slot) for slot, row in enumerate(self.state.rows)]
-        return self.prefixes.restore(self.runners, self.staging, prompts, held)
-
-    def _held(self, row: Row, slot: int) -> dict[str, list[int]]:
-        """Per role, the tokens whose keys and values stand in a row's slot."""
-        return {
-            role: [*row.prompts[role], *row.tokens][: runner.cache.host_lengths[slot]]
-            for role, runner in self.runners.by_role.items()
-        }
-
-    def _read_piece(self, reading: _Reading, budget: int) -> int:
-        """Read at most `budget` further tokens in every role; returns how many in the longest piece."""
-        row, logits, longest = reading.request.row, {}, 0
-        for role, runner in self.runners.by_role.items():
-            first, size = reading.done[role], min(budget, reading.left(role))
-            if size == 0:
-                continue
-            scores = reading.request.prompt_logprobs is not None
-            logits[role] = runner.extend(self.staging, [row.prompts[role][first : first + size]], all_logits=scores)
-            reading.done[role] += size
-            longest = max(longest, size)
-        if logits and reading.request.prompt_logprobs is not None:
-            self._score_prompt(reading, logits, longest)
-        return longest
-
-    def _score_prompt(self, reading: _Reading, logits: dict[str, torch.Tensor], size: int) -> None:
-        """What the combined law says of the prompt's tokens behind the piece just read."""
-        request, done = reading.request, reading.done[BASE]
-        lines = {role: line.to(self.state.device) for role, line in logits.items()}
-        pairs = [
-            pair.term(lines, torch.full((1, size), alpha, dtype=torch.float64, device=self.state.device))
-            for pair, alpha in zip(self.runners.pairs, request.row.alphas, strict=True)
-        ]
-        combined, bad = combine_logits(lines[BASE], pairs, self.state.vocab_size, self.state.shared_ids)
-        if bool(bad.any()):
-            raise ArithmeticError("the models' logits over the prompt are not usable (NaN or infinite)")
-        assert request.prompt_logprobs is not None
-        following = request.row.prompts[BASE][done - size + 1 : done + 1]
-        request.scored_prompt += token_logprobs(combined[0], following, request.prompt_logprobs)
 
     def _admit(self, request: Request) -> None:
         """Move a prompt that has been read behind the rows in flight."""
         row = request.row
         if row.remaining == 0:
-            self._empty_staging()
+            self._prompts.empty()
             self._finish(request, "length")
             return
-        for runner in self.runners:
-            runner.cache.move(self.staging, len(self.state))
-        self._empty_staging()
+        self._prompts.move(row)
+        self._prompts.empty()
         self.running[row.index] = request
         self.state.admit([row])
-
-    def _empty_staging(self, clears: bool = False) -> None:
-        for runner in self.runners:
-            if clears:
-                runner.cache.clear(self.staging)
-            runner.cache.empty(self.staging, self.staging + 1)
 
     def _drop_reading(self, reason: str, error: str | None = None, request: Request | None = None) -> None:
         """End the request whose prompt is being read, or has just been."""
         if self.reading is not None:
-            request, self.reading = self.reading.request, None
+            request, self._prompts.reading = self.reading.request, None
         assert request is not None
-        self._empty_staging(clears=True)
+        self._prompts.empty(clears=True)
         if any(row is request.row for row in self.state.rows):
             request.row.finish_reason = reason
             self._recover()
@@ -369,7 +246,7 @@ class Scheduler:
 
     def _retain(self, row: Row, slot: int) -> None:
         if row.finish_reason in FINISHED and self.prefixes.max_positions:
-            self.prefixes.keep(self.runners, slot, self._held(row, slot))
+            self.prefixes.keep(self.runners, slot, self._prompts.held(row, slot))
 
     def _deliver(self, request: Request) -> None:
         """Hand a row's new tokens out, and its end where it has come."""
@@ -414,6 +291,7 @@ class Scheduler:
             self.runners.graphs.clear()
         for runner in self.runners:
             runner.cache.set_lengths(0, runner.cache.host_lengths[: len(self.state)])
+        self.runners.assistant_rows = []  # it may have stopped anywhere: it reads the rows anew
         self.state.reload()
         evict_finished(self.state, self.runners)
 
