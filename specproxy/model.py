@@ -166,7 +166,12 @@ class ProxyTunedModel:
 
     @classmethod
     def demo(
-        cls, task: str = "arithmetic", *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+        cls,
+        task: str = "arithmetic",
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        assistant: str | None = None,
     ) -> ProxyTunedModel:
         """The embedded trio, loaded from the package without a network.
 
@@ -174,11 +179,25 @@ class ProxyTunedModel:
             task: "arithmetic" (step-by-step sums) or "python" (source text).
             device: the CPU by default.
             dtype: float32 by default.
+            assistant: as in `from_pretrained`.
 
         Raises:
             ConfigurationError: there is no such task.
         """
-        return cls(**demo.load(task, device=device, dtype=dtype))
+        if assistant is None:
+            return cls(**demo.load(task, device=device, dtype=dtype))
+        folders = demo.folders(task)
+        return cls.from_pretrained(
+            folders["base"],
+            expert=folders["expert"],
+            anti_expert=folders["anti_expert"],
+            tokenizer=folders["tokenizer"],
+            assistant=assistant,
+            alpha=demo.alpha(task),
+            dtype=dtype or torch.float32,
+            device_map=device,
+            progress=False,
+        )
 
     @property
     def alpha(self) -> float:

@@ -21,7 +21,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from specproxy import AlphaSchedule, cli, demo, options
+from specproxy import AlphaSchedule, Engine, cli, demo, options
 from specproxy.commands import generate as command
 from specproxy.commands.report import Comparison, print_report
 from specproxy.model import ProxyTunedModel
@@ -327,6 +327,59 @@ def test_an_assistant(run: Run, folder: Path, tiny: Any, seen: list[dict[str, An
     assert json.loads(out)["speculation"]["drafters"]["assistant"]["num_draft_tokens"] > 0
 
 
+def test_a_corpus_to_copy_from(run: Run, tiny: Any, tmp_path: Path, seen: list[dict[str, Any]]) -> None:
+    plain = run(*SHORT, "Hello")[1]
+    (tmp_path / "known.txt").write_text(f"Hello{plain}", encoding="utf-8")
+    (tmp_path / "other.txt").write_text("Something else.", encoding="utf-8")
+    files = ("--corpus", str(tmp_path / "known.txt"), "--corpus", str(tmp_path / "other.txt"))
+    code, out, err = run(*SHORT, "Hello", "--drafter", "lookup", *files, "--json")
+    assert (code, err, json.loads(out)["text"] + "\n") == (0, "", plain)
+    corpus: Any = seen[-1]["model"].corpus
+    assert len(corpus) == len((tmp_path / "known.txt").read_bytes()) + len("Something else.")
+    alone = json.loads(run(*SHORT, "Hello", "--drafter", "lookup", "--json")[1])
+    accepted = [result["speculation"]["num_accepted_tokens"] for result in (json.loads(out), alone)]
+    assert accepted[0] > accepted[1]
+    assert run(*SHORT, "Hello", "--num-draft-tokens", "auto", *files)[:2] == (0, plain)
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    for path, message in (("bytes.txt", "is not UTF-8 text"), ("absent.txt", "No such file")):
+        code, _, err = run(*SHORT, "Hello", "--drafter", "cascade", "--corpus", str(tmp_path / path))
+        assert code == 2 and message in err
+
+
+@pytest.mark.parametrize(
+    ("options", "drafter"),
+    [
+        (("--drafter", "lookup", "--corpus", "known.txt"), "lookup"),
+        (("--drafter", "assistant", "--assistant", "expert-python"), "assistant"),
+        (("--num-tree-tokens", "12"), "tree"),
+        (("--num-draft-tokens", "auto", "--drafter", "cascade"), "cascade"),
+    ],
+)
+def test_drafters_of_a_server(
+    run: Run,
+    tiny: Any,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    drafter: str,
+) -> None:
+    """The command as it is, up to the socket: its engine drafts as asked, and writes what generate writes."""
+    served: list[Engine] = []
+    monkeypatch.setattr("specproxy.server.run.serve", lambda app, engine, **keywords: served.append(engine))
+    monkeypatch.setattr("specproxy.server.logs.configure", lambda level: None)
+    plain = run(*SHORT, "Hello")[1]
+    (tmp_path / "known.txt").write_text(f"Hello{plain}", encoding="utf-8")
+    places = {"known.txt": tmp_path, "expert-python": folder}
+    code, _, err = run("serve", "--dtype=float64", *(str(places[o] / o) if o in places else o for o in options))
+    assert code == 0, err
+    with served[0] as engine:
+        ids = engine.model.tokenizer("Hello").input_ids
+        tokens = engine.submit(ids, max_new_tokens=9).result(60).tokens
+        assert engine.model.tokenizer.decode(tokens, skip_special_tokens=True) + "\n" == plain
+        assert set(engine.stats().speculation.drafters) == {drafter}
+
+
 def test_a_tokenizer_that_lies_elsewhere(run: Run, folder: Path, tiny: Any, tmp_path: Path) -> None:
     shutil.copytree(folder / "base", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
     names = ("--base", str(tmp_path / "bare"), "--expert", str(folder / "expert-python"))
@@ -371,6 +424,13 @@ TRIO = ("--base", "b", "--expert", "e", "--anti-expert", "a")
         (("generate", "--drafter", "assistant", "x"), "needs a model that drafts; name one by --assistant"),
         (("generate", "--assistant", "m", "x"), "--assistant=m drafts under --drafter=assistant only"),
         (("chat", "--assistant", "m", "--drafter", "lookup"), "--assistant=m drafts under --drafter=assistant only"),
+        (("serve", "--drafter", "nobody"), "drafter='nobody' is not known"),
+        (("serve", "--drafter", "assistant"), "needs a model that drafts; name one by --assistant"),
+        (
+            ("serve", "--num-draft-tokens", "auto", "--num-tree-tokens", "4"),
+            "needs num_draft_tokens as the tree's depth",
+        ),
+        (("serve", "--corpus", "c.txt"), "--corpus=c.txt serves lookup; add --drafter=lookup, or cascade"),
         (("compare", "--drafter", "assistant"), "needs a model that drafts; name one by --assistant"),
         (("analyze", "--drafter", "nobody"), "drafter='nobody' is not known"),
         (("vllm-config", "--assistant", "m", "--out", "o"), "--assistant=m: in vLLM the expert drafts"),

@@ -44,6 +44,12 @@ def test_models_of_ones_own_give_the_name_and_a_device_the_gpu() -> None:
     assert options.deployment["ray_actor_options"]["num_gpus"] == 1
 
 
+def test_drafters_reach_the_engine() -> None:
+    options = parse_replica_options({"num_tree_tokens": "8", "num_draft_tokens": "3"})
+    assert options.engine["num_tree_tokens"] == 8 and options.engine["drafter"] is None
+    assert parse_replica_options({"drafter": "assistant", "assistant": "m"}).engine["drafter"] == "assistant"
+
+
 def test_the_key_is_not_shown() -> None:
     assert "secret" not in repr(parse_replica_options({"api_key": "secret"}))
 
@@ -70,6 +76,12 @@ def test_the_key_is_not_shown() -> None:
         ({"dtype": "int8"}, "dtype='int8' is not usable"),
         ({"device": "cuda:0", "num_gpus": "0"}, "device='cuda:0' needs num_gpus above 0"),
         ({"num_draft_tokens": "-1"}, "num_draft_tokens=-1"),
+        ({"drafter": "nobody"}, "drafter='nobody' is not known"),
+        ({"drafter": "assistant"}, 'give assistant and drafter="assistant" together'),
+        ({"assistant": "m", "drafter": "lookup"}, 'give assistant and drafter="assistant" together'),
+        ({"num_tree_tokens": "64"}, "num_tree_tokens=64 must be at most 63"),
+        ({"num_tree_tokens": "4", "drafter": "lookup"}, "trees are the expert's"),
+        ({"tokenizer": "t"}, "tokenizer='t' serves models of your own"),
         ({"acceptance": "always"}, "acceptance='always' is not a rule"),
         ({"max_batch_size": "0"}, "max_batch_size=0 must be"),
         ({"max_model_len": "1"}, "max_model_len=1 must be"),

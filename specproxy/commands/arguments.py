@@ -11,6 +11,7 @@ import secrets
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -137,6 +138,9 @@ class DraftingOptions:
         None
     )
     acceptance: Annotated[str, typer.Option(help="rejection, block or coupled.")] = "rejection"
+    corpus: Annotated[
+        list[Path] | None, typer.Option(help="UTF-8 text that lookup may copy from; may be repeated.")
+    ] = None
 
     @property
     def drafts(self) -> int | str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from specproxy.commands.arguments import DeviceOptions, ModelOptions
+from specproxy.commands.arguments import DeviceOptions, DraftingOptions, ModelOptions
 from specproxy.commands.chat import Template
 from specproxy.commands.loading import load, quiet
+from specproxy.config import SpeculationParameters
 from specproxy.engine import Engine
 from specproxy.errors import ConfigurationError
 
@@ -24,6 +24,7 @@ _NEEDED = ("fastapi", "uvicorn", "openai", "prometheus_client")
 def serve(
     models: ModelOptions,
     where: DeviceOptions,
+    drafting: DraftingOptions,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     served_model_name: Annotated[
@@ -32,10 +33,6 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="SPECPROXY_API_KEY", help="Bearer token that requests must carry.")
     ] = None,
-    num_draft_tokens: Annotated[str, typer.Option(metavar="N|auto", help="Drafts a cycle; 0 is per-step decoding.")] = (
-        "4"
-    ),
-    acceptance: Annotated[str, typer.Option(help="rejection, block or coupled.")] = "rejection",
     max_batch_size: Annotated[int, typer.Option(help="Requests that decode together.")] = 8,
     max_model_len: Annotated[
         int | None, typer.Option(help="Positions of a request; by default what the models were built for.")
@@ -80,18 +77,15 @@ def serve(
         expert_template=expert_template,
         anti_expert_template=anti_expert_template,
     )
-    count: Any = num_draft_tokens
-    with contextlib.suppress(ValueError):  # "auto", or refused by the engine
-        count = int(count)
+    SpeculationParameters(**drafting.drafting)  # what is refused, is refused before models are loaded
     configure(log_level)
     with quiet(to_stderr=True):
         engine = Engine(
-            load(models, where),
+            load(models, where, drafting),
             max_batch_size=max_batch_size,
             max_model_len=max_model_len,
             max_queue=max_queue,
-            num_draft_tokens=count,
-            acceptance=acceptance,
+            **drafting.drafting,
             prefill_chunk=prefill_chunk,
             prefix_cache=prefix_cache,
         )

@@ -300,8 +300,10 @@ def _load(names: dict[str, str | None], demo: str | None, device: str | None, dt
     precision = None if dtype is None else getattr(torch, dtype, None)
     if dtype is not None and not isinstance(precision, torch.dtype):
         raise ConfigurationError(f"dtype={dtype!r} is no dtype of torch.")
-    if not given:
-        return ProxyTunedModel.demo(demo or "arithmetic", device=device, dtype=precision)
+    if not set(given) - {"assistant"}:
+        return ProxyTunedModel.demo(
+            demo or "arithmetic", device=device, dtype=precision, assistant=given.get("assistant")
+        )
     if demo is not None or not {_BASE, _EXPERT} <= set(given):
         raise ConfigurationError("base and expert, with or without anti_expert, go together, and without demo.")
     return ProxyTunedModel.from_pretrained(**given, dtype=precision, device_map=device, progress=False)

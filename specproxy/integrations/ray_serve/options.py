@@ -21,7 +21,8 @@ __all__ = ["ReplicaOptions", "parse_replica_options"]
 _AUTO = "auto"
 _NUMBERS: tuple[Any, ...] = (int, float)
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_ENGINE = ("num_draft_tokens", "acceptance", "max_batch_size", "max_model_len", "max_queue", "prefill_chunk")
+_DRAFTING = ("num_draft_tokens", "num_tree_tokens", "drafter", "acceptance")
+_ENGINE = (*_DRAFTING, "max_batch_size", "max_model_len", "max_queue", "prefill_chunk")
 _SETTINGS = ("api_key", "max_tokens", "max_choices", "max_prompts", "max_body_bytes", "request_timeout")
 _TEMPLATES = ("base_template", "expert_template", "anti_expert_template")
 
@@ -32,11 +33,11 @@ class ReplicaOptions:
 
     Args:
         demo: task of the embedded trio; "arithmetic" where no models are named.
-        base, expert, anti_expert: folders or hub names, as every replica's machine sees them.
+        base, expert, anti_expert, assistant, tokenizer: folders or hub names, as every replica's machine sees them.
         dtype, device: of all models; a CUDA device asks Ray for a GPU.
         served_model_name: what requests call the model.
-        num_draft_tokens, acceptance, max_batch_size, max_model_len, max_queue, prefill_chunk, prefix_cache: of every
-            replica's engine.
+        num_draft_tokens, num_tree_tokens, drafter, acceptance, max_batch_size, max_model_len, max_queue, prefill_chunk,
+            prefix_cache: of every replica's engine.
         api_key, max_tokens, max_choices, max_prompts, max_body_bytes, request_timeout: of every replica's server.
         base_template, expert_template, anti_expert_template: how each role reads a conversation.
         num_replicas: how many, or "auto" to follow the load.
@@ -57,10 +58,14 @@ class ReplicaOptions:
     base: str | None = None
     expert: str | None = None
     anti_expert: str | None = None
+    assistant: str | None = None
+    tokenizer: str | None = None
     dtype: str | None = None
     device: str | None = None
     served_model_name: str | None = None
     num_draft_tokens: int | str = 4
+    num_tree_tokens: int = 0
+    drafter: str | None = None
     acceptance: str = "rejection"
     max_batch_size: int = 8
     max_model_len: int | None = None
@@ -89,7 +94,7 @@ class ReplicaOptions:
 
     def __post_init__(self) -> None:
         self._check_models()
-        SpeculationParameters(self.num_draft_tokens, self.acceptance)  # type: ignore[arg-type]
+        SpeculationParameters(**{name: getattr(self, name) for name in _DRAFTING})
         for name in ("max_batch_size", "max_queue", "prefill_chunk"):
             check_integer(name, getattr(self, name), 1, "an engine needs room")
         check_integer("prefix_cache", self.prefix_cache, 0, "0 keeps nothing")
@@ -114,6 +119,13 @@ class ReplicaOptions:
             raise ConfigurationError(f"demo={self.demo!r} and {', '.join(named)} exclude each other: name one trio.")
         if named and missing:
             raise ConfigurationError(f"base and expert go together; missing: {', '.join(missing)}.")
+        if self.tokenizer is not None and not named:
+            raise ConfigurationError(f"tokenizer={self.tokenizer!r} serves models of your own; leave it out.")
+        if (self.drafter == "assistant") != (self.assistant is not None):
+            raise ConfigurationError(
+                f"assistant={self.assistant!r} and drafter={self.drafter!r}: an assistant is named and drafts, or "
+                'neither; give assistant and drafter="assistant" together.'
+            )
         if self.demo is not None:
             embedded.folders(self.demo)  # refuses a task that does not exist
         if self.dtype is not None and self.dtype not in _DTYPES:

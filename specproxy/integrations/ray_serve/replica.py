@@ -99,12 +99,9 @@ def bind(replica: type[Replica], options: ReplicaOptions) -> Application:
 def _load(options: ReplicaOptions) -> ProxyTunedModel:
     dtype: Any = None if options.dtype is None else getattr(torch, options.dtype)
     if options.base is None:
-        return ProxyTunedModel.demo(options.demo or "arithmetic", device=options.device, dtype=dtype)
-    names: dict[str, Any] = {"expert": options.expert, "anti_expert": options.anti_expert}
-    return ProxyTunedModel.from_pretrained(
-        options.base,
-        **names,
-        dtype=dtype,
-        device_map=options.device,
-        progress=False,
-    )
+        task = options.demo or "arithmetic"
+        return ProxyTunedModel.demo(task, device=options.device, dtype=dtype, assistant=options.assistant)
+    names: dict[str, Any] = {
+        name: getattr(options, name) for name in ("base", "expert", "anti_expert", "assistant", "tokenizer")
+    }
+    return ProxyTunedModel.from_pretrained(**names, dtype=dtype, device_map=options.device, progress=False)
