@@ -171,7 +171,7 @@ def test_what_is_missing_is_named() -> None:
 @pytest.fixture
 def talk(model: ProxyTunedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """`specproxy chat` with the tiny trio; gives exit code, standard output and standard error."""
-    monkeypatch.setattr(command, "load", lambda models, where: model)
+    monkeypatch.setattr(command, "load", lambda models, where, drafting: model)
 
     def call(text: str | bytes, *options: str, terminal: bool = False) -> tuple[int, str, str]:
         raw = text.encode() if isinstance(text, str) else text
