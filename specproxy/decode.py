@@ -39,8 +39,8 @@ class Cycle:
 
     Args:
         packed: int64 [B, G + 4]: drafts, and of every row its number of drafts, accepted drafts, next token, status.
-            With a tree [B, 2 D + 4]: the drafts of the path, its nodes, and the same four. Where the plan listens
-            [B, 5]: in place of drafts, whether the expert's would have been accepted.
+            With a tree [B, 2 D + G + 4]: the path's drafts, its nodes, the guesses of all nodes, and the same four.
+            Where the plan listens [B, 5]: in place of drafts, whether the expert's would have been accepted.
         window: the scored window, for messages and for recorded logits.
     """
 
@@ -104,10 +104,10 @@ def cycle(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
     """
     noise = state.noise()
     draft = drafter_of(plan).propose(state, runners, noise, plan)
-    draft.tokens = runners.ranks.agree(draft.tokens)
+    guesses = draft.tokens = runners.ranks.agree(draft.tokens)
     window = score_window(state, runners, draft)
     outcome = _agreed(runners.ranks, draft, accept(state, runners, noise, draft, window))
-    head = [draft.tokens] if draft.nodes is None else [draft.tokens, draft.nodes]
+    head = [draft.tokens] if draft.nodes is None else [draft.tokens, draft.nodes, guesses]
     if plan.listens:
         head = [would_accept(state, noise, window)[:, None]]
     return Cycle(_commit(state, runners, draft, outcome, head), window)
@@ -199,8 +199,9 @@ def _settle(
             tokens, sources = [*tokens, next_token], [*sources, TARGET]
         taken = row.append(tokens, sources)
         row.drafter = drafter if drafted else None
-        # What lies behind a row's end was not refused, and of a tree only the path that was taken is read.
-        row.refused = drafts[num_accepted:drafted] if plan.tree is None and taken > num_accepted else []
+        row.refused = []
+        if taken > num_accepted:  # what lies behind a row's end was not refused
+            row.refused = drafts[num_accepted:drafted] if plan.tree is None else _refused(plan.tree, line)
         if status & _ERRORS and row.finish_reason is None:
             row.fail(_reason(row, result.window, slot, num_accepted, status))
         if state.records_logits:
@@ -218,8 +219,24 @@ def _settle(
 
 def _ranks(tree: TreeShape, line: list[int]) -> tuple[int, ...]:
     """Ranks of a row's accepted drafts, from its line of `Cycle.packed`."""
-    depth, num_accepted = (len(line) - 4) // 2, line[-3]
-    return tuple(tree.ranks[node] for node in line[depth : depth + num_accepted])
+    return tuple(tree.ranks[node] for node in _path(tree, line))
+
+
+def _path(tree: TreeShape, line: list[int]) -> list[int]:
+    """The nodes of a row's accepted drafts, likewise."""
+    depth, num_accepted = (len(line) - 4 - tree.num_drafts) // 2, line[-3]
+    return line[depth : depth + num_accepted]
+
+
+def _refused(tree: TreeShape, line: list[int]) -> list[int]:
+    """The branch of first guesses behind a row's accepted drafts, likewise: what a chain would have had refused."""
+    path, guesses, drafted = _path(tree, line), line[-4 - tree.num_drafts : -4], line[-4]
+    node = tree.best_children[path[-1] if path else 0]
+    refused: list[int] = []
+    while node and len(path) + len(refused) < drafted:
+        refused.append(guesses[node - 1])
+        node = tree.best_children[node]
+    return refused
 
 
 def _reason(row: Row, window: WindowLogits, slot: int, position: int, status: int) -> str:

@@ -88,7 +88,7 @@ class Row:
     logits: list[Tensor] = field(default_factory=list)  # per new token, where they are recorded: combined [V]
     scores: list[Tensor] = field(default_factory=list)  # likewise: processed and warped [V]
     drafter: str | None = None  # who drafted for it in its last cycle
-    refused: list[int] = field(default_factory=list)  # drafts of that cycle from the refused one on; of a tree none
+    refused: list[int] = field(default_factory=list)  # drafts of that cycle from the refused one on; see `Block`
     memory: dict[str, Any] = field(default_factory=dict)  # what drafters remember of the row, by their name
 
     @property

@@ -162,6 +162,11 @@ class TreeShape:
         found = [child for child, parent in enumerate(self.parents) if parent == node]
         return tuple(sorted(found, key=lambda child: self.ranks[child]))
 
+    @cached_property
+    def best_children(self) -> tuple[int, ...]:
+        """Of every node, its child of the best rank; 0 where it has none."""
+        return tuple(next(iter(self.children(node)), 0) for node in range(len(self)))
+
     def expected_tokens(self, rank_acceptance: Sequence[float]) -> float:
         """Tokens a cycle, the one that no guess foretold included, where levels are independent.
 

@@ -247,6 +247,35 @@ def test_trees_change_no_token(rule: str) -> None:
         assert len(drafted) == min(call["num_draft_tokens"], 3), "a tree reached past a request's own limit"
 
 
+def test_blocks_tell_the_refused_branch_of_a_tree() -> None:
+    """What the expert's greedy chain goes on with behind the accepted path, up to a leaf: read off plain forwards."""
+    proxy, prompt = model(), PROMPTS[3]
+    options = {"num_tree_tokens": 14, "num_draft_tokens": 3}
+    with driven(proxy, **options) as engine:
+        handle = engine.submit(prompt, max_new_tokens=60)
+        engine.finish(handle)
+    text, lengths, at_leaves = list(prompt), set(), 0
+    for block in handle:
+        accepted = block.sources.count("draft")
+        text += block.tokens[:accepted]
+        chain = list(text)
+        for _ in range(3):
+            with torch.no_grad():
+                chain.append(int(proxy.expert(torch.tensor([chain])).logits[0, -1].argmax()))
+        assert list(block.refused) == chain[len(text) : len(text) + len(block.refused)]
+        if accepted == len(block.tokens):
+            assert block.refused == ()
+        else:
+            text.append(block.tokens[-1])
+            assert block.tokens[-1] not in block.refused[:1] and len(block.refused) + accepted <= block.num_draft_tokens
+            at_leaves += not block.refused
+            lengths.add(len(block.refused))
+            if accepted == 0 and block.num_draft_tokens:
+                assert block.refused, "every tree has guesses at its root"
+    assert text == [*prompt, *alone(prompt, model(), max_new_tokens=60)]
+    assert len(lengths - {0}) > 1 and at_leaves
+
+
 # What is refused.
 
 

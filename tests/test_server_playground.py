@@ -101,6 +101,20 @@ def test_it_shows_what_the_api_answers(app: Any, page: Browser, address: str) ->
     assert page.errors == [] and all(url.startswith((address, "data:", "about:")) for url in page.requests)
 
 
+def test_a_token_tree(page: Browser) -> None:
+    """Its refused branch is struck through, and no token stands for a refused one where the path met a leaf."""
+    with application(num_tree_tokens=12) as app, listening(app) as address:
+        page.open(f"{address}/")
+        page.wait_for("document.getElementById('model').value !== ''")
+        tuned, _ = generate(page, drafts=4)
+        chunks = complete(app, stream=True, max_tokens=COUNT, num_draft_tokens=4, return_speculation=True)
+    cycles = [part["cycle"] for chunk in chunks if "cycle" in (part := chunk["choices"][0]["speculation"])]
+    assert {cycle["drafter"] for cycle in cycles} == {"tree"}
+    assert tuned["refused"] == [text for cycle in cycles for text in cycle["refused_texts"]] != []
+    assert Counter(tuned["kinds"])["replaced"] == sum(bool(cycle["refused_texts"]) for cycle in cycles)
+    assert tuned["text"] == text_of(expected_tokens(count=COUNT)) and page.errors == []
+
+
 def test_per_step_and_another_strength(page: Browser) -> None:
     click(page, "beside")
     tuned, base = generate(page, drafts=0, alpha=0.5)

@@ -47,7 +47,8 @@ class Block:
         logprobs: for each, where the request asked for them.
         drafter: who drafted; None in a cycle without drafts.
         num_draft_tokens: drafts that were verified, as `SpeculationStats` counts them.
-        refused: the drafts of a chain from the refused one on, in whose place the last token stands; of a tree none.
+        refused: the drafts from the refused one on, in whose place the last token stands; of a tree the first guesses
+            from there on, as a chain would have them, and none where the path ended at a leaf.
     """
 
     tokens: tuple[int, ...]
