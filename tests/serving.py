@@ -118,12 +118,13 @@ def listening(app: FastAPI) -> Iterator[str]:
 
 def num_ended(app: FastAPI) -> float:
     """Answers that are over for the server too: told to their client, or left by it."""
-    return sum(
-        sample.value
-        for family in text_string_to_metric_families(call(app, "/metrics").text)
-        for sample in family.samples
-        if sample.name == "specproxy:request_success_total"
-    )
+    return counted(call(app, "/metrics").text, "request_success_total")
+
+
+def counted(metrics: str, name: str) -> float:
+    """A counter of `/metrics`, over all of its labels."""
+    samples = (sample for family in text_string_to_metric_families(metrics) for sample in family.samples)
+    return sum(sample.value for sample in samples if sample.name == f"specproxy:{name}")
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving import application, listening, wait_for
+from serving import application, counted, listening, wait_for
 
 from specproxy import ProxyTunedModel, demo
 
 ROOT = Path(__file__).parents[1]
 GUIDELLM = ROOT / ".venv-guidellm" / "bin" / "guidellm"
 PROMPTS = demo.example_prompts("arithmetic")
+RATES, REQUESTS = 4, 12
 DEMO = "specproxy-arithmetic"
 
 
@@ -211,21 +212,34 @@ def test_schemathesis_finds_no_server_error_in_many_examples():
     not GUIDELLM.exists(), reason="guidellm pins an older click: scripts/guidellm_environment.sh makes its environment"
 )
 def test_guidellm_sweeps(tmp_path):
-    data = tmp_path / "prompts.jsonl"
-    data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS * 20))
+    """Every rate of a sweep, streamed: nothing fails, and both sides count the same requests and tokens."""
+    data, report = tmp_path / "prompts.jsonl", tmp_path / "report.json"
+    data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS * REQUESTS))
     tokenizer = demo.folders("arithmetic")["tokenizer"]
     with process("--served-model-name", DEMO) as (server, address, _):
-        command = [str(GUIDELLM), "benchmark", "--target", address, "--model", DEMO, "--processor", tokenizer]
-        command += ["--profile", "sweep", "--rate", "3", "--max-seconds", "6", "--data", str(data)]
-        command += ["--output-path", str(tmp_path / "report.json")]
+        command = [str(GUIDELLM), "run", "--disable-progress"]
+        backend = f"kind=openai_http,target={address},model={DEMO},request_format=/v1/completions,max_tokens=48"
+        command += ["--backend", backend, "--tokenizer", f"kind=huggingface_auto,model={tokenizer}"]
+        command += ["--profile", f"kind=sweep,sweep_size={RATES}"]
+        command += ["--constraint", f"kind=max_requests,count={REQUESTS}"]
+        command += ["--data", f"kind=json_file,path={data}", "--output", f"kind=json,path={report}"]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         metrics = httpx.get(f"{address}/metrics").text
         server.send_signal(signal.SIGTERM)
         assert server.wait(120) == 0
-    report = json.loads((tmp_path / "report.json").read_text())
-    for benchmark in report["benchmarks"]:
-        totals = benchmark["metrics"]["request_totals"]
-        assert totals["successful"] > 0 and totals["errored"] == 0
-    assert "specproxy:generation_tokens_total" in metrics
+    benchmarks = json.loads(report.read_text())["benchmarks"]
+    kinds = [benchmark["config"]["strategy"]["type_"] for benchmark in benchmarks]
+    assert kinds == ["synchronous", "throughput", *["constant"] * (RATES - 2)]
+    tokens = 0.0
+    for kind, benchmark in zip(kinds, benchmarks, strict=True):
+        figures = benchmark["metrics"]
+        assert figures["request_totals"] == {"successful": REQUESTS, "incomplete": 0, "errored": 0, "total": REQUESTS}
+        tokens += figures["output_token_count"]["successful"]["total_sum"]
+        rate = figures["requests_per_second"]["successful"]["mean"]
+        first = figures["time_to_first_token_ms"]["successful"]["mean"]
+        assert 0 < first < figures["request_latency"]["successful"]["mean"] * 1000  # streamed
+        print(f"{kind}: {rate:.2f} requests a second, first token after {first:.0f} ms")
+    assert counted(metrics, "request_success_total") == RATES * REQUESTS
+    assert counted(metrics, "generation_tokens_total") == tokens > RATES * REQUESTS
