@@ -9,12 +9,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -30,6 +35,8 @@ if importlib.util.find_spec("ray") is None:
     )
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray gives up on its proxy after three looks of 5 seconds, which a busy machine needs to start it; 60 is its limit.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "20")
 
 import ray
 from ray import serve
@@ -40,6 +47,7 @@ from specproxy.integrations.ray_serve.replica import HEADER, Replica, bind
 
 # In float64 greedy tokens are those of per-step decoding, whatever else a replica decodes beside them.
 OPTIONS = {"demo": "arithmetic", "dtype": "float64", "num_cpus": 0.5, "health_check_period": 1.0}
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 SUM = "Question: What is 347 + 68?\nAnswer:"
 LONG = 1200
 NEVER = 10**6  # an end id that no model yields
@@ -246,3 +254,45 @@ def test_a_stopped_application_finishes_what_it_has(address: str) -> None:
     serve.delete("last")
     stream.join()
     assert stream.is_complete and stream.tokens == expected(SUM, 200, ends=False)
+
+
+def test_the_documented_command_serves(tmp_path: Path) -> None:
+    """`serve run`, as it is written there, in a Ray of its own: two replicas answer, and Ctrl-C ends all of it."""
+    (line,) = [line for line in DOCS.read_text().splitlines() if line.startswith("serve run ")]
+    documented = "http://127.0.0.1:8000"
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", 8000)) == 0:
+            pytest.skip("port 8000, which the command takes, is in use")
+    _, *words = shlex.split(line)
+    log = tmp_path / "log.txt"
+    began = time.monotonic()
+    with log.open("w") as file:
+        command = [str(Path(sys.executable).with_name("serve")), *words]
+        environment = os.environ | {"RAY_ADDRESS": "local"}
+        server = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, cwd=tmp_path, env=environment, start_new_session=True
+        )
+    try:
+
+        def is_up() -> bool:
+            assert server.poll() is None, log.read_text()[-4000:]
+            try:
+                return httpx.get(f"{documented}/health", timeout=5).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_for(is_up, 300)
+        print(f"\nup after {time.monotonic() - began:.1f} s")
+        wait_for(lambda: len(replicas(documented)) == 2)
+        answer = httpx.post(f"{documented}/v1/completions", json=body(SUM, 48), timeout=120).json()
+        assert answer["choices"][0]["token_ids"] == expected(SUM, 48)
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            code = server.wait(120)
+        finally:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGKILL)
+    assert code == 0, log.read_text()[-4000:]
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", 8000)) != 0
