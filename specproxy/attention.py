@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ __all__ = ["WINDOW_KEYWORD", "borrowed"]
 
 WINDOW_KEYWORD = "specproxy_window"
 _ATTENTION_NAME = "specproxy_window"
+_IMPLEMENTATION = "_attn_implementation_internal"  # where a configuration keeps the name of its attention
 # Beyond it a prompt that starts an empty cache is plain causal attention, for which torch has the better kernel.
 _MAX_KERNEL_WINDOW = 64
 # What some architectures add to their attention: sinks, relative positions, sparse selections.
@@ -133,33 +135,55 @@ def _attend_fused(
 AttentionInterface.register(_ATTENTION_NAME, _attend)
 
 
+@dataclass
+class _Held:
+    """An attribute of a caller's object, switched for as long as somebody borrows a model that has the object."""
+
+    owner: Any
+    before: Any
+    holders: int = 0
+
+
 class _Loan:
-    """What a model looked like before the first of its current borrowers."""
+    """What is switched in one model while it is borrowed.
+
+    Models may have a configuration or a module in common. So it is not the model that remembers how they were, but a
+    register of all that is switched: what the first borrower found is put back by the last.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.borrowers = 0
-        self.configs: list[tuple[Any, Any]] = []
-        seen: set[int] = set()
+        self._names: set[tuple[int, str]] = set()
         for module in model.modules():
             config = getattr(module, "config", None)
-            if config is not None and id(config) not in seen and hasattr(config, "_attn_implementation_internal"):
-                seen.add(id(config))
-                self.configs.append((config, config._attn_implementation_internal))
-        self.training = [module for module in model.modules() if module.training]
+            if config is not None and hasattr(config, _IMPLEMENTATION):
+                self._hold(config, _IMPLEMENTATION, _ATTENTION_NAME)
+            self._hold(module, "training", False)
 
-    def switch(self) -> None:
-        for config, _ in self.configs:
-            config._attn_implementation_internal = _ATTENTION_NAME
-        for module in self.training:
-            module.training = False
+    def _hold(self, owner: Any, attribute: str, value: Any) -> None:
+        name = id(owner), attribute
+        if name in self._names:
+            return
+        held = _held.get(name)
+        if held is None:
+            if getattr(owner, attribute) == value:
+                return
+            held = _held[name] = _Held(owner, getattr(owner, attribute))
+            setattr(owner, attribute, value)
+        held.holders += 1
+        self._names.add(name)
 
-    def restore(self) -> None:
-        for config, implementation in self.configs:
-            config._attn_implementation_internal = implementation
-        for module in self.training:
-            module.training = True
+    def end(self) -> None:
+        """Put back what nobody else has borrowed."""
+        for name in self._names:
+            held = _held[name]
+            held.holders -= 1
+            if held.holders == 0:
+                setattr(held.owner, name[1], held.before)
+                del _held[name]
 
 
+_held: dict[tuple[int, str], _Held] = {}
 _loans: dict[int, _Loan] = {}
 _loans_lock = threading.Lock()
 
@@ -168,7 +192,7 @@ _loans_lock = threading.Lock()
 def borrowed(models: Iterable[nn.Module]) -> Iterator[None]:
     """Switch models to window attention and evaluation mode; the last borrower's exit puts everything back.
 
-    Safe to nest and to enter from several threads: loans are counted per model.
+    Safe to nest and to enter from several threads: loans are counted per model, and per object that models share.
     """
     distinct = list({id(model): model for model in models}.values())
     with _loans_lock:
@@ -176,7 +200,6 @@ def borrowed(models: Iterable[nn.Module]) -> Iterator[None]:
             loan = _loans.get(id(model))
             if loan is None:
                 loan = _loans[id(model)] = _Loan(model)
-                loan.switch()
             loan.borrowers += 1
     try:
         yield
@@ -187,4 +210,4 @@ def borrowed(models: Iterable[nn.Module]) -> Iterator[None]:
                 loan.borrowers -= 1
                 if loan.borrowers == 0:
                     del _loans[id(model)]
-                    loan.restore()
+                    loan.end()

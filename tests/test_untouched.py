@@ -12,6 +12,7 @@ from support import PAD, greedy_rows, role_prompts
 from transformers import GenerationConfig
 
 from specproxy import ProxyTunedModel
+from specproxy.attention import borrowed
 
 PROMPTS = role_prompts([6, 2, 9], seed=31)
 
@@ -139,6 +140,27 @@ def test_one_model_in_two_roles():
         apart.anti_expert, apart.expert, tiny.make_trio("llama").anti_expert
     ).generate(**arguments, max_new_tokens=12)  # fmt: skip
     assert output.tolist() == expected.tolist()
+
+
+def test_models_that_share_a_configuration_and_a_module():
+    """What one of them switches is the other's too: it is put back by whoever is the last to need it."""
+    base, expert = tiny.tiny_model("llama"), tiny.tiny_model("llama")
+    small = type(expert)(expert.config).to(expert.dtype)  # one configuration object
+    small.model.layers[0] = expert.model.layers[0]
+    for model in (base, expert, small):
+        model.train()
+    before = [fingerprint(model) for model in (base, expert, small)]
+    assert before[1]["attention"] == ["sdpa"] * len(before[1]["attention"])
+    ProxyTunedModel(base, expert, small).generate(**PROMPTS.kwargs(), max_new_tokens=4)
+    assert [fingerprint(model) for model in (base, expert, small)] == before
+    for first, second in ((expert, small), (small, expert)):
+        with borrowed([first]):
+            during = fingerprint(first)
+            assert set(during["attention"]) == {"specproxy_window"} and not any(during["training"])
+            with borrowed([second]):
+                assert fingerprint(second)["training"] == [False] * len(during["training"])
+            assert fingerprint(first) == during, "a borrower's return has changed a model that is still borrowed"
+        assert [fingerprint(model) for model in (base, expert, small)] == before
 
 
 def test_threads_that_share_a_base():
