@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from specproxy.config import check_alpha, check_integer
 from specproxy.errors import ConfigurationError, PromptError
 from specproxy.processors import LawOptions, row_law
+from specproxy.row import BASE, Row, StoppingCriterion
 from specproxy.runner import position_limit
 from specproxy.schedule import CONSTANT, AlphaSchedule
-from specproxy.state import BASE, Row, StoppingCriterion
 from specproxy.suffix import LookupCorpus
 from specproxy.trio import Trio
 

@@ -66,6 +66,7 @@ LAYERS = [
         "specproxy.processors",
         "specproxy.schedule",
     },
+    {"specproxy.row"},
     {"specproxy.state", "specproxy.options", "specproxy.cycle_times"},
     {"specproxy.runner", "specproxy.auto"},
     {"specproxy.packed_runner"},
