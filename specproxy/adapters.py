@@ -28,6 +28,7 @@ __all__ = [
     "EVERY_TOKEN",
     "LoraSwitch",
     "adapter_base",
+    "adapter_origin",
     "is_adapted",
     "is_adapter",
     "load_adapter",
@@ -96,10 +97,23 @@ def adapter_base(name: str) -> str:
     Raises:
         ConfigurationError: it names none, or peft is not installed.
     """
-    base = _peft().PeftConfig.from_pretrained(name).base_model_name_or_path
-    if not base:
+    base = adapter_origin(name)[0]
+    if base is None:
         raise ConfigurationError(f"expert={name} is an adapter that names no base model; give it as anti_expert.")
-    return str(base)
+    return base
+
+
+def adapter_origin(name: str) -> tuple[str | None, str | None]:
+    """The model that an adapter says it was trained on, and the model's revision; None for what it does not say.
+
+    Args:
+        name: a folder or hub id of an adapter.
+
+    Raises:
+        ConfigurationError: peft is not installed.
+    """
+    config = _peft().PeftConfig.from_pretrained(name)
+    return config.base_model_name_or_path or None, config.revision or None
 
 
 def load_adapter(model: Any, name: str, arguments: Mapping[str, Any]) -> Any:

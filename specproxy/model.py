@@ -118,7 +118,8 @@ class ProxyTunedModel:
 
         Args:
             base, expert, anti_expert: folders or hub ids; None for no anti-expert. The expert may be a LoRA adapter
-                (needs peft): it is put on the anti-expert, or, without one, on the model that it names itself.
+                (needs peft): it is put on the anti-expert, which has to be the model it was trained on, or, without
+                one, on the model that it names itself.
             assistant: likewise, a further model of the same vocabulary for `drafter="assistant"`; no adapter.
             alpha: proxy strength.
             tokenizer: a tokenizer, folder or hub id for the base; by default that of its folder. Tokenizers found

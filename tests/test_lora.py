@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -288,6 +290,34 @@ def test_an_adapter_of_another_model(folder, tmp_path):
             ConfigurationError, match=r"is an adapter that does not fit .* Give the model it was trained"
         ):
             load(folder, anti_expert=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("size", ["5GB", "10KB"], ids=["whole", "in_shards"])
+def test_an_adapter_of_a_model_of_the_same_shape(folder, tmp_path, size):
+    """It would fit, and steer to nowhere. Told by the weights of the model that the adapter names, where it is here."""
+    small = Pair("llama").apart
+    for name, dtype in (("small", torch.float64), ("renamed", torch.float64), ("rounded", torch.float16)):
+        copy.deepcopy(small).to(dtype).save_pretrained(tmp_path / name, max_shard_size=size)
+    tiny.tiny_model("llama", seed=77).save_pretrained(tmp_path / "other")
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+
+    def named(base: str | None) -> None:
+        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+
+    shutil.copytree(folder / "base", tmp_path / "base")
+    named(str(tmp_path / "small"))
+    with pytest.raises(
+        ConfigurationError, match=r"anti_expert=.*other has other weights \(model\..*give anti_expert=.*small"
+    ):
+        load(tmp_path, anti_expert="other")
+    for same in ("renamed", "rounded"):  # another place, another precision
+        assert load(tmp_path, anti_expert=same).anti_expert is not None
+    named(str(tmp_path / "rounded"))
+    assert load(tmp_path, anti_expert="small").anti_expert is not None
+    for gone in (str(tmp_path / "gone"), "nobody/gone", None):
+        named(gone)
+        assert load(tmp_path, anti_expert="other").anti_expert is not None
 
 
 # What is refused.

@@ -154,7 +154,18 @@ ENGINES = {"vllm", "ray"}  # in environments of their own
 # What each package may import beside the standard library and itself.
 OUTSIDE = {
     "specproxy_kernels": {"torch", "triton"},
-    "specproxy": {"specproxy_kernels", "torch", "transformers", "numpy", "jinja2", "typer", "rich", *ENGINES, *EXTRAS},
+    "specproxy": {
+        "specproxy_kernels",
+        "torch",
+        "transformers",
+        "numpy",
+        "safetensors",
+        "jinja2",
+        "typer",
+        "rich",
+        *ENGINES,
+        *EXTRAS,
+    },
 }
 PUBLIC = {
     "AlphaSchedule",
