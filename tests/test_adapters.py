@@ -229,6 +229,19 @@ def test_stop_strings_and_streaming_through_the_folder(trio: tiny.Trio, proxy: P
     assert recorder.ids() == out[0].tolist() and recorder.ends == 1
 
 
+def test_an_assistant_drafts_through_both(trio: tiny.Trio, proxy: ProxyTunedModel) -> None:
+    helper = tiny.shared_trio("gpt2").expert
+    settings = {"drafter": "assistant", "return_dict_in_generate": True}
+    pair = {"expert": trio.expert, "anti_expert": trio.anti_expert, "trust_remote_code": True}
+    through_folder = through_base(trio, FOLDER, **pair, assistant=helper, **settings)
+    for output in (through_base(trio, method(trio, assistant=helper), **settings), through_folder):
+        assert torch.equal(output.sequences, direct(proxy))
+        assert output.speculation.drafters["assistant"].num_draft_tokens > 0
+    for custom, extra in ((method(trio), {}), (FOLDER, pair)):
+        with pytest.raises(ConfigurationError, match="needs an assistant"):
+            through_base(trio, custom, drafter="assistant", **extra)
+
+
 def test_prompts_per_role(trio: tiny.Trio, proxy: ProxyTunedModel) -> None:
     own = tiny.left_pad(tiny.prompts([4, 7, 2], seed=9))
     roles = {"expert_input_ids": own[0], "expert_attention_mask": own[1]}

@@ -46,6 +46,7 @@ def custom_generate(
     acceptance: str = "rejection",
     drafter: str | None = None,
     corpus: LookupCorpus | None = None,
+    assistant: PreTrainedModel | None = None,
 ) -> Callable[..., Tensor | GenerateOutput]:
     """A decoding method for `base.generate(..., custom_generate=...)`.
 
@@ -61,6 +62,7 @@ def custom_generate(
         streamer: to stream to; Transformers does not pass on its own `streamer` argument to a callable.
         stop_strings: strings that end a row; Transformers refuses its own `stop_strings` argument beside a callable.
         num_draft_tokens, num_tree_tokens, acceptance, drafter, corpus: as in `ProxyTunedModel.generate`.
+        assistant: a further model of the same vocabulary, for `drafter="assistant"`.
 
     Returns:
         The decoding method.
@@ -101,7 +103,8 @@ def custom_generate(
             )
         proxy = proxies.get(id(model))
         if proxy is None:
-            proxy = proxies[id(model)] = ProxyTunedModel(model, expert, anti_expert, tokenizer, pair_alpha)
+            models = (model, expert, anti_expert)
+            proxy = proxies[id(model)] = ProxyTunedModel(*models, tokenizer, pair_alpha, assistant=assistant)
         custom, allowed = _own_processors(logits_processor, generation_config, input_ids.shape[1])
         criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
         # Transformers has made criteria and copies of rows of these already.

@@ -19,6 +19,7 @@ def generate(
     anti_expert: Any = None,
     alpha: float = 1.0,
     tokenizer: Any = None,
+    assistant: Any = None,
     input_ids: Any = None,
     **arguments: Any,
 ) -> Any:
@@ -30,12 +31,13 @@ def generate(
         expert, anti_expert: the pair, loaded Transformers causal language models; None for no anti-expert.
         alpha: proxy strength.
         tokenizer: of the base.
+        assistant: a further model of the same vocabulary, for `drafter="assistant"`.
         arguments: of `specproxy.ProxyTunedModel.generate`.
 
     Returns:
         As `ProxyTunedModel.generate`.
     """
-    proxy = ProxyTunedModel(model, expert, anti_expert, tokenizer, alpha)
+    proxy = ProxyTunedModel(model, expert, anti_expert, tokenizer, alpha, assistant=assistant)
     arguments.pop("synced_gpus", None)
     if arguments.get("generation_config") is None:
         arguments["generation_config"] = model.generation_config  # as Transformers' own methods do
