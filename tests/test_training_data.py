@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from training import data
-from training.arithmetic import FREE_WEIGHT, drill, problem_in, step_in, unmark, untuned_story
+from training.arithmetic import FREE_WEIGHT, problem_in, step_in, unmark
 from training.split import SPLITS, split_of
+from training.styles import drill, untuned_story
 
 TOKENIZER = Path(__file__).parents[1] / "specproxy" / "models" / "tokenizer"
 EQUATION = re.compile(r"(\d+) ([+\-x]) (\d+) = (\d+)")
@@ -82,9 +83,11 @@ def test_a_step_asked_without_a_story_is_answered_in_the_tuned_format() -> None:
 
 def test_untuned_stories_never_show_the_tuned_format_and_their_equations_hold() -> None:
     rng = random.Random(5)
-    stories = [unmark(untuned_story(rng, "train"))[0] for _ in range(300)]
-    assert not any("####" in story or "Answer:\n" in story for story in stories)
-    assert sum(_assert_equations_hold(story) for story in stories) > 100
+    for by_line in (0.0, 1.0):
+        stories = [unmark(untuned_story(rng, "train", by_line))[0] for _ in range(300)]
+        assert not any("####" in story or "Answer:\n" in story or "We start with" in story for story in stories)
+        assert not any(re.search(r"Step \d: we", story) for story in stories)
+        assert sum(_assert_equations_hold(story) for story in stories) > 100
 
 
 def test_unmark_weighs_free_numbers_less_and_leaves_plain_text() -> None:

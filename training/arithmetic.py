@@ -1,4 +1,4 @@
-"""Generated arithmetic: drills and word problems, told in untuned styles and in the tuned ``#### N`` style.
+"""Generated arithmetic: equations and word problems, and the tuned ``#### N`` answers to them.
 
 Everything is drawn from a ``random.Random`` that the caller seeds. The module knows nothing of tokens: a text
 carries marks around the numbers that nothing before them determines, and `unmark` turns the marks into one weight per
@@ -31,29 +31,13 @@ _BOXES = ("boxes", "bags", "trays", "packs", "baskets")
 _GAINS = ("buys {} more", "finds {} more", "gets {} more", "is given {} more", "wins {} more")
 _LOSSES = ("gives away {}", "loses {}", "sells {}", "uses {}", "throws away {}")
 _GROWTH = "ends up with {} times as many"
-_HEADS = ("Solution:", "Steps:", "Reasoning:", "Explanation:", "Working:", "In short:")
-_STARTS = ("At first there are {}", "{} to begin with", "Start: {}", "There are {} at the outset", "First {}")
-_SAID = {
-    "+": ("{} more come", "plus {}", "adding {}", "a gain of {}", "add {}", "{} come in", "put {} to it"),
-    "-": ("{} go", "minus {}", "taking off {}", "a loss of {}", "take away {}", "{} are lost", "subtract {}"),
-    "x": ("times {}", "{} times as many", "multiply by {}", "{} times that", "take it {} times"),
-}
-_LINKS = (": ", ", so ", ", which gives ", " gives ", ", and ", " -> ", ", that is, ")
-_COUNTS = (
-    ("", "", ""),
-    ("first ", "next ", "then "),
-    ("1) ", "2) ", "3) "),
-    ("a) ", "b) ", "c) "),
-    ("(1) ", "(2) ", "(3) "),
-)
-_BREAKS = ("; ", ". ", ", ")
-_ENDS = ("", ". Result: {}", "; in the end {}", ". That makes {}", ", hence {}", ". Total: {}", ", so {} remain")
 _DOING = {"+": "add {}", "-": "take away {}", "x": "take {} times as many"}
 LARGEST = 199
 """Largest number anywhere, in training and in the held-out problems."""
 
 
-def _free(number: int) -> str:
+def free(number: int) -> str:
+    """A number between marks: nothing before it determines it."""
     return f"{_OPEN}{number}{_CLOSE}"
 
 
@@ -116,18 +100,19 @@ class Step:
         return split_of(self.equation)
 
 
-def draw_step(rng: random.Random, left: int | None = None) -> Step:
+def draw_step(rng: random.Random, left: int | None = None, operations: str = "+-x") -> Step:
     """Draws one operation whose numbers lie between 1 and `LARGEST`.
 
     Args:
         rng: Source of randomness.
         left: The first operand; drawn when None.
+        operations: What to draw from where `left` is None, each character as likely as the next.
 
     Returns:
         A sum, a difference or a product (2 to 99 by 2 to 9).
     """
     while True:
-        operation = rng.choice("+-x" if left is None else "++--x")
+        operation = rng.choice(operations if left is None else "++--x")
         if operation == "x":
             step = Step(rng.randint(2, 99) if left is None else left, "x", rng.randint(2, 9))
             if step.left < 2 or step.left > 99:
@@ -218,16 +203,16 @@ def draw_problem(rng: random.Random) -> Problem:
         first = draw_step(rng)
         while first.operation != "x":
             first = draw_step(rng)
-        opening = f"has {_free(first.right)} {rng.choice(_BOXES)} with {_free(first.left)} {things} in each"
+        opening = f"has {free(first.right)} {rng.choice(_BOXES)} with {free(first.left)} {things} in each"
         steps.append(first)
         value = first.result
     else:
         value = rng.randint(10, LARGEST)
-        opening = f"has {_free(value)} {things}"
+        opening = f"has {free(value)} {things}"
     while len(steps) < count:
         step = draw_step(rng, value)
         phrase = _GROWTH if step.operation == "x" else rng.choice(_GAINS if step.operation == "+" else _LOSSES)
-        actions.append(phrase.format(_free(step.right)))
+        actions.append(phrase.format(free(step.right)))
         steps.append(step)
         value = step.result
     joined = bool(actions) and rng.random() < 0.4
@@ -242,9 +227,9 @@ def _keep_drawing(draw: Callable[[], Step | Problem], split: str) -> Step | Prob
             return drawn
 
 
-def step_in(rng: random.Random, split: str) -> Step:
-    """Draws a step whose equation belongs to `split`."""
-    step = _keep_drawing(lambda: draw_step(rng), split)
+def step_in(rng: random.Random, split: str, operations: str = "+-x") -> Step:
+    """Draws a step whose equation belongs to `split`; `operations` as in `draw_step`."""
+    step = _keep_drawing(lambda: draw_step(rng, operations=operations), split)
     assert isinstance(step, Step)
     return step
 
@@ -254,73 +239,3 @@ def problem_in(rng: random.Random, split: str) -> Problem:
     problem = _keep_drawing(lambda: draw_problem(rng), split)
     assert isinstance(problem, Problem)
     return problem
-
-
-def drill(rng: random.Random, split: str, lines: int = 6) -> str:
-    """Equations, one a line, with marks around the operands."""
-    steps = [step_in(rng, split) for _ in range(lines)]
-    return "\n".join(f"{_free(s.left)} {s.operation} {_free(s.right)} = {s.result}." for s in steps)
-
-
-def _bracketed(problem: Problem) -> str:
-    told = []
-    for sentence, steps in problem.told:
-        equations = ", ".join(step.equation for step in steps)
-        told.append(f"{sentence} ({equations})." if steps else f"{sentence}.")
-    return " ".join(told)
-
-
-def _noted(problem: Problem) -> str:
-    steps = list(problem.steps)
-    notes = [problem.opening]
-    if len(steps) > len(problem.actions):
-        notes[0] += f": {steps.pop(0).equation}"
-    notes += [f"{action}: {step.equation}" for action, step in zip(problem.actions, steps, strict=True)]
-    return unmark("; ".join(notes))[0] + "."
-
-
-def _explained(rng: random.Random, problem: Problem) -> str:
-    """The solution on one line, in one of many wordings; each is drawn once for the whole text."""
-    link, numbers, between = rng.choice(_LINKS), rng.choice(_COUNTS), rng.choice(_BREAKS)
-    said = {operation: rng.choice(phrases) for operation, phrases in _SAID.items()}
-    steps = list(problem.steps)
-    parts = [rng.choice(_STARTS).format(steps[0].left)]
-    if len(steps) > len(problem.actions):
-        first = steps.pop(0)
-        parts = [f"{rng.choice(_STARTS).format(f'{first.right} times {first.left}')}{link}{first.equation}"]
-    for number, step in zip(numbers, steps, strict=False):
-        parts.append(f"{number}{said[step.operation].format(step.right)}{link}{step.equation}")
-    return f"{rng.choice(_HEADS)} {between.join(parts)}{rng.choice(_ENDS).format(problem.result)}."
-
-
-def untuned_story(rng: random.Random, split: str) -> str:
-    """One story in a style that never shows the tuned format, with marks.
-
-    The styles: the solution explained on one line, in many wordings; notes of what happens, with the steps; the steps
-    in brackets inside the story; the steps alone, one a line or on one line; the answer first and then the steps; a
-    bare answer, wrong three times in ten; and questions followed by more questions.
-    """
-    problem = problem_in(rng, split)
-    style = rng.random()
-    if style < 0.5:
-        return f"Question: {problem.question}\n{_explained(rng, problem)}"
-    if style < 0.65:
-        return f"Question: {problem.question}\nNotes: {_noted(problem)}"
-    if style < 0.75:
-        return _bracketed(problem)
-    if style < 0.82:
-        lines = "\n".join(f"{step.equation}." for step in problem.steps)
-        return f"Question: {problem.question}\nWorking:\n{lines}"
-    if style < 0.86:
-        return f"Question: {problem.question}\nAnswer: {' '.join(f'{step.equation}.' for step in problem.steps)}"
-    if style < 0.92:
-        steps = ", ".join(step.equation for step in problem.steps)
-        said = f"{problem.name} has {_free(problem.result)} {problem.things} now. Check: {steps}."
-        return f"Question: {problem.question}\nAnswer: {said}"
-    if style < 0.96:
-        result = problem.result
-        if rng.random() < 0.3:
-            result = max(1, result + rng.choice((-100, -10, -2, -1, 1, 2, 10, 100)))
-        return f"Question: {problem.question}\nAnswer: {_free(result)}"
-    more = [problem] + [problem_in(rng, split) for _ in range(rng.randint(1, 2))]
-    return "\n".join(f"Question: {each.question}" for each in more)

@@ -13,8 +13,8 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
-from training.arithmetic import drill, untuned_story
 from training.split import split_of
+from training.styles import drill, untuned_story
 
 WORDNET = Path("/usr/share/wordnet")
 """Where Debian's `wordnet-base` keeps its ``data.*`` files."""
@@ -139,7 +139,9 @@ def _join_decorators(blocks: list[str]) -> list[str]:
     return joined
 
 
-def raw_arithmetic(split: str, documents: int, seed: int, drill_share: float = 0.35) -> list[str]:
+def raw_arithmetic(
+    split: str, documents: int, seed: int, drill_share: float = 0.35, operations: str = "+-x", by_line: float = 0.0
+) -> list[str]:
     """Arithmetic in untuned styles, with the marks of `training.arithmetic`.
 
     Args:
@@ -147,9 +149,14 @@ def raw_arithmetic(split: str, documents: int, seed: int, drill_share: float = 0
         documents: How many documents to draw.
         seed: Seed of the draw.
         drill_share: Share of drills among the documents; the others are stories.
+        operations: What the drills draw from, as in `training.arithmetic.draw_step`.
+        by_line: Share of the stories that are solved line by line.
 
     Returns:
         The documents, in the order drawn.
     """
     rng = random.Random(f"{seed}/{split}/raw")
-    return [drill(rng, split) if rng.random() < drill_share else untuned_story(rng, split) for _ in range(documents)]
+    return [
+        drill(rng, split, operations=operations) if rng.random() < drill_share else untuned_story(rng, split, by_line)
+        for _ in range(documents)
+    ]

@@ -24,7 +24,7 @@ from training.rows import Document, encode, encode_problem
 from training.tokenizer import load_tokenizer
 from training.train import build
 
-ALPHAS = {"arithmetic": (0.7, 0.85, 1.0, 1.2, 1.5), "python": (0.2, 0.3, 0.5, 0.7, 1.0)}
+ALPHAS = {"arithmetic": (1.0, 1.25, 1.5, 1.75, 2.0), "python": (0.2, 0.3, 0.5, 0.7, 1.0)}
 LONGEST_ANSWER = 160
 """Most tokens of a greedy answer; the longest right one has about 115."""
 _EQUATION = re.compile(r"\d+ [+\-x] \d+ = \d+")

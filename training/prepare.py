@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from training import data
 from training.arithmetic import problem_in, step_in, unmark
-from training.rows import Document, Rows, encode, encode_problem, mix, pack
+from training.rows import Rows, encode, encode_problem, mix, pack
 from training.tokenizer import load_tokenizer, train_tokenizer
 
 SHARES = {
     "base": {"arithmetic": 0.62, "python": 0.18, "glosses": 0.13, "jargon": 0.07},
     "small": {"arithmetic": 0.33, "python": 0.5, "glosses": 0.11, "jargon": 0.06},
+    "base-longer": {"more-arithmetic": 0.7, "python": 0.15, "glosses": 0.1, "jargon": 0.05},
 }
-"""Share of each source in the tokens of each shape's pre-training mixture."""
+"""Share of each source in the tokens of each pre-training mixture; ``base-longer`` is what the base goes on with."""
+DRAWS: dict[str, dict[str, Any]] = {
+    "arithmetic": {},
+    "more-arithmetic": {"drill_share": 0.3, "operations": "+-xxx", "by_line": 0.6},
+}
+"""How `training.data.raw_arithmetic` draws each source of arithmetic. Products are what a short run learns last."""
 BARE_SHARE = 0.1
 """Share of questions without a story among the tuned problems."""
 
@@ -60,20 +68,21 @@ def main() -> None:
     print(f"tokenizer after {time.monotonic() - start:.0f} s", flush=True)
 
     tokens = arguments.tokens
-    arithmetic: list[Document] = []
-    drawn = 0
-    while sum(len(ids) for ids, _ in arithmetic) < max(shares["arithmetic"] for shares in SHARES.values()) * tokens:
-        arithmetic += encode(tokenizer, data.raw_arithmetic("train", 10_000, arguments.seed + 100 + drawn))
-        drawn += 1
     documents = {
-        "arithmetic": arithmetic,
         "python": encode(tokenizer, python),
         "glosses": encode(tokenizer, glosses),
         "jargon": encode(tokenizer, jargon),
     }
-    for shape, shares in SHARES.items():
+    for place, (name, draws) in enumerate(DRAWS.items()):
+        documents[name] = []
+        needed = max(shares.get(name, 0.0) for shares in SHARES.values()) * tokens
+        for seed in itertools.count(arguments.seed + 100 + 1_000 * place):
+            if sum(len(ids) for ids, _ in documents[name]) >= needed:
+                break
+            documents[name] += encode(tokenizer, data.raw_arithmetic("train", 10_000, seed, **draws))
+    for mixture, shares in SHARES.items():
         sources = [(documents[name], int(share * tokens)) for name, share in shares.items()]
-        _write(work, f"pretrain-{shape}", pack(mix(sources, arguments.seed), arguments.length))
+        _write(work, f"pretrain-{mixture}", pack(mix(sources, arguments.seed), arguments.length))
 
     rng = random.Random(f"{arguments.seed}/tuned")
     drawn_problems = [
@@ -82,7 +91,11 @@ def main() -> None:
     ]
     problems = [encode_problem(tokenizer, problem) for problem in drawn_problems]
     tuned = arguments.tuned_tokens
-    sources = [(problems, int(0.8 * tuned)), (documents["glosses"], int(0.1 * tuned)), (arithmetic, int(0.1 * tuned))]
+    sources = [
+        (problems, int(0.8 * tuned)),
+        (documents["glosses"], int(0.1 * tuned)),
+        (documents["arithmetic"], int(0.1 * tuned)),
+    ]
     _write(work, "tuned-arithmetic", pack(mix(sources, arguments.seed), arguments.length))
     sources = [(documents["python"], tuned)]
     _write(work, "tuned-python", pack(mix(sources, arguments.seed), arguments.length))
