@@ -193,6 +193,32 @@ def test_tokens_follow_the_target(rule: str) -> None:
     assert smallest_p_value(opposed, case, 3_000, seed=5) > chi_square.LEVEL
 
 
+@pytest.mark.parametrize("rule", ["greedy", "rejection", "block", "coupled"])
+def test_an_assistant_without_a_law_drafts_nothing(rule: str) -> None:
+    """NaN comes from the token in one row's prompt: that row goes per step, the others are drafted for."""
+    trio = tiny.make_trio("llama")
+    proxy = ProxyTunedModel(*trio.models, assistant=tiny.tiny_model("gpt2"))
+    assert proxy.assistant is not None
+    settings = {} if rule == "greedy" else {"acceptance": rule, "do_sample": True, "seed": [4, 5, 6]}
+    prompts = RolePrompts(((3, 7, 39), (9, 4), (39, 8, 1)))
+
+    def poison(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill((inputs[0] == 39)[..., None], torch.nan)
+
+    settings |= {"suppress_tokens": [39]}
+    per_step = run(proxy, prompts, num_draft_tokens=0, **settings)
+    with_hook = proxy.assistant.get_input_embeddings().register_forward_hook(poison)
+    for row in (0, 2):
+        own = settings | ({"seed": settings["seed"][row : row + 1]} if "seed" in settings else {})
+        alone = run(proxy, prompts.row(row), drafter="assistant", **own)
+        assert alone.speculation.num_draft_tokens == 0
+        assert alone.sequences[0, 3:].tolist() == per_step.sequences[row, 3:].tolist()
+    together = run(proxy, prompts, drafter="assistant", **settings)
+    with_hook.remove()
+    assert together.sequences[::2].tolist() == per_step.sequences[::2].tolist()
+    assert together.speculation.num_draft_tokens > 0
+
+
 def test_an_assistant_is_no_part_of_the_model() -> None:
     trio = tiny.shared_trio("llama")
     proxy, plain = model("llama", "gpt2"), ProxyTunedModel(*trio.models)

@@ -66,7 +66,9 @@ class AssistantDrafter:
             laws.append(law)
         for slot, row in enumerate(state.rows):
             row.memory[self.name] = _Reading(_length(row), drafts[:, :-1], slot)
-        return join_draft(state, drafts, state.num_drafts(count), laws, None)
+        # A law that is no law (NaN, infinite, empty) is not drafted from: the target need not share the fault.
+        usable = torch.cat([law.lse for law in laws], dim=1).isfinite().long().cumprod(1).sum(1)  # [B]
+        return join_draft(state, drafts, state.num_drafts(count).minimum(usable), laws, None)
 
 
 def _length(row: Row) -> int:
