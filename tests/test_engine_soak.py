@@ -147,14 +147,18 @@ class Load:
         handle.cancel()
 
 
-def soak(count: int, role: str, seed: int) -> None:
+def soak(count: int, role: str, seed: int, **options: Any) -> None:
     """Put `count` requests through an engine, NaN coming from one role; prints what happened."""
     model = ProxyTunedModel.demo(dtype=torch.float64)
+    if options.get("drafter") == "assistant":
+        helper = ProxyTunedModel.demo("python", dtype=torch.float64).expert
+        trio = (model.base, model.expert, model.anti_expert, model.tokenizer, model.alpha)
+        model = ProxyTunedModel(*trio, assistant=helper)
     poison = model.vocab_size - 1
     before = live_tensors()
     began, used = time.perf_counter(), resident_mebibytes()
     with poisoned(model, role, poison):
-        engine = Engine(model, max_batch_size=16, max_queue=12, prefill_chunk=24, prefix_cache=512)
+        engine = Engine(model, max_batch_size=16, max_queue=12, prefill_chunk=24, prefix_cache=512, **options)
         load = Load(model, engine, poison)
         requests = [random.Random(f"{seed} {i}") for i in range(count)]
 
@@ -176,7 +180,8 @@ def soak(count: int, role: str, seed: int) -> None:
     assert sum(stats.finished.values()) == submitted
     assert stats.finished["error"] == load.seen["poisoned: error"]
     print(
-        f"\n{count} requests, {CONCURRENCY} clients, NaN from the {role}: {dict(sorted(load.seen.items()))}\n"
+        f"\n{count} requests, {CONCURRENCY} clients, {options}, NaN from the {role}: "
+        f"{dict(sorted(load.seen.items()))}\n"
         f"{stats.speculation.num_new_tokens} tokens in {seconds:.1f} s and {stats.cycles} cycles, acceptance "
         f"{stats.speculation.acceptance_rate:.3f}, {stats.reused_tokens} of {stats.prompt_tokens} prompt tokens "
         f"reused, median latency {sorted(load.latencies)[len(load.latencies) // 2]:.2f} s, "
@@ -193,3 +198,19 @@ def test_soak_short() -> None:
 @pytest.mark.parametrize("role", ["base", "expert", "anti_expert"])
 def test_soak_2000_requests(role: str) -> None:
     soak(2000, role, seed=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"drafter": "lookup", "num_draft_tokens": 8},
+        {"drafter": "cascade"},
+        {"drafter": "assistant"},
+        {"num_tree_tokens": 16},
+        {"num_draft_tokens": "auto", "drafter": "assistant"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_soak_of_drafters(options: dict[str, Any]) -> None:
+    soak(300, "base", seed=3, **options)
