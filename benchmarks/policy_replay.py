@@ -5,7 +5,7 @@ each token among the expert's candidates (`benchmarks/recordings.py`). Since equ
 what any window would have given, so that all settings are replayed exactly on one clock (`benchmarks/replay.py`):
 tables of costs at wanted ratios t_small / t_base, in which a forward reads its weights once and every token adds a
 small share, and this machine's own forwards with --calibrate. What the policy is told is noisy, with spikes; the clock
-is not.
+is not. Where the policy lets entropies decide a draft's length it is replayed without that as well.
 
 Texts: arithmetic and Python by their own trios; "foreign" and "random", Python with experts that draft badly (the
 arithmetic pair; random weights); "turning", the random expert's text that becomes the arithmetic expert's.
@@ -23,6 +23,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -37,7 +38,7 @@ from rich.table import Table
 
 from benchmarks.prompts import demo_prompts
 from benchmarks.recordings import adversarial_model, record
-from benchmarks.replay import Costs, Recording, best_fixed, replay
+from benchmarks.replay import Costs, Recording, Replay, best_fixed, replay
 from benchmarks.tables import require_matplotlib
 from specproxy import ProxyTunedModel
 from specproxy.attention import borrowed
@@ -48,7 +49,7 @@ from specproxy.runner import Runner
 __all__ = ["main", "replay_case", "rows_of", "turning"]
 
 COUNTS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
-LAWS = {"greedy": None, "coupled": 1}
+LAWS = ("greedy", "coupled")
 TEXTS = ("arithmetic", "python", "foreign", "random")
 WIDTHS = (1, 2, 3, 5, 9, 17)
 
@@ -77,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         "--recordings", type=Path, help="read recordings from this file; write them where it is missing"
     )
     parser.add_argument("--num-prompts", type=int, default=8)
+    parser.add_argument("--skip-prompts", type=int, default=0, help="leave out so many of the first prompts")
+    parser.add_argument("--seed", type=int, default=1, help="of the texts that are sampled")
     parser.add_argument("--max-new-tokens", type=int, default=160)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--cost-ratios", type=float, nargs="+", default=[0.05, 0.1, 0.5])
@@ -124,15 +127,28 @@ def replay_case(texts: Sequence[Recording], batch: int, costs: Costs, noise: flo
     """One text at one batch size and table: auto, and every fixed number of drafts."""
     fixed = best_fixed(texts, batch, costs, COUNTS)
     auto = replay(AutoPolicy(), texts, batch, costs, noise)
+    plain = replay(AutoPolicy(stops=False), texts, batch, costs, noise)
     best = max(fixed, key=lambda count: fixed[count])
     return {
         "auto_over_best_fixed": auto.rate / fixed[best],
         "auto_over_per_step": auto.rate / fixed[0],
+        "auto_without_stops_over_best_fixed": plain.rate / fixed[best],
+        "stops": _stops(auto),
         "best_fixed": best,
         "best_fixed_over_per_step": fixed[best] / fixed[0],
         "fixed_over_per_step": {count: rate / fixed[0] for count, rate in fixed.items()},
         "per_step_share": auto.per_step_share,
         "windows": dict(sorted(Counter(plan.num_drafts for plan in auto.plans).items())),
+    }
+
+
+def _stops(auto: Replay) -> dict[str, int]:
+    """Cycles whose length entropies decided: with fewer drafts than planned, as many, and more."""
+    beyond = [plan.num_drafts - plan.stop.planned for plan in auto.plans if plan.stop is not None]
+    return {
+        "shorter": sum(count < 0 for count in beyond),
+        "as_planned": beyond.count(0),
+        "longer": sum(count > 0 for count in beyond),
     }
 
 
@@ -170,16 +186,19 @@ def _recordings(options: argparse.Namespace) -> dict[str, list[Recording]]:
         missing = [name for name in wanted if name not in stored]
         if missing:
             raise ValueError(f"{options.recordings} has no recording of {missing[0]}; remove it to record anew.")
+        if not all(len(text) == len(fields(Recording)) for name in wanted for text in stored[name]):
+            raise ValueError(f"{options.recordings} is of an earlier format; remove it to record anew.")
         return {name: [Recording(*map(tuple, text)) for text in stored[name]] for name in wanted}
     found: dict[str, list[Recording]] = {}
     for name in track(wanted, "Recording", console=Console(stderr=True)):
         text, law = name.split()
         task = "arithmetic" if text == "arithmetic" else "python"
         model = ProxyTunedModel.demo(task) if text == task else adversarial_model(text)
-        prompts = [model.tokenizer(prompt).input_ids for prompt in demo_prompts(task, options.num_prompts)]
-        found[name] = record(model, prompts, options.max_new_tokens, LAWS[law])
+        wanted_prompts = demo_prompts(task, options.skip_prompts + options.num_prompts)[options.skip_prompts :]
+        prompts = [model.tokenizer(prompt).input_ids for prompt in wanted_prompts]
+        found[name] = record(model, prompts, options.max_new_tokens, options.seed if law == "coupled" else None)
     if options.recordings is not None:
-        stored = {name: [(t.ranks, t.prompt, t.tokens) for t in texts] for name, texts in found.items()}
+        stored = {name: [list(vars(text).values()) for text in texts] for name, texts in found.items()}
         options.recordings.write_text(json.dumps(stored), encoding="utf-8")
     return found
 
@@ -241,6 +260,8 @@ def _bars(result: dict[str, Any]) -> dict[str, Any]:
     idle = [case for case in cases if case["text"].startswith("random") and case["best_fixed"] == 0]
     bars = {
         "least auto over best fixed": min(case["auto_over_best_fixed"] for case in cases),
+        "least auto without stops over best fixed": min(case["auto_without_stops_over_best_fixed"] for case in cases),
+        "cases with auto under 0.95 of the best fixed": sum(case["auto_over_best_fixed"] < 0.95 for case in cases),
         "least auto over per-step": min(case["auto_over_per_step"] for case in cases),
         "least share of per-step cycles, where an adversarial expert makes per-step best": min(
             (case["per_step_share"] for case in idle), default=None
@@ -256,7 +277,7 @@ def _print(result: dict[str, Any]) -> None:
     console = Console(stderr=True, width=140)
     table = Table(title="auto against fixed numbers of drafts, virtual clock")
     for i, name in enumerate(
-        ("text", "batch", "costs", "best fixed", "over per-step", "auto / best", "auto / per-step")
+        ("text", "batch", "costs", "best fixed", "over per-step", "auto / best", "without stops", "auto / per-step")
     ):
         table.add_column(name, justify="left" if i in (0, 2) else "right")
     table.add_column("per-step cycles", justify="right")
@@ -268,6 +289,7 @@ def _print(result: dict[str, Any]) -> None:
             str(case["best_fixed"]),
             f"{case['best_fixed_over_per_step']:.2f}",
             f"{case['auto_over_best_fixed']:.3f}",
+            f"{case['auto_without_stops_over_best_fixed']:.3f}",
             f"{case['auto_over_per_step']:.3f}",
             f"{case['per_step_share']:.0%}",
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from specproxy.costs import ForwardTime
 from specproxy.policy import CycleReport, FixedWindow, Outlook, Plan, WindowPolicy
@@ -27,15 +27,30 @@ class Recording:
         ranks: for every token, how many of the expert's candidates at its place come before it; 0 is a draft that
             would be accepted.
         prompt, tokens: ids, where they are known.
+        entropies: of the expert's law at every place, in nats; none where drafts are never stopped early.
+        behind: for every place with a wrong draft, entropies of the expert's laws at the next ones, on its own path.
     """
 
     ranks: tuple[int, ...]
     prompt: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()
+    entropies: tuple[float, ...] = ()
+    behind: tuple[tuple[float, ...], ...] = ()
 
     def shortened(self, length: int) -> Recording:
         """The same without its last tokens."""
-        return Recording(self.ranks[:length], self.prompt, self.tokens[:length])
+        return Recording(
+            self.ranks[:length], self.prompt, self.tokens[:length], self.entropies[:length], self.behind[:length]
+        )
+
+    def entropy(self, start: int, count: int) -> float:
+        """The entropy behind `count` drafts from a place on. Past what was recorded, the last one that was."""
+        kept = self.run(start, count)
+        last = min(start + kept, len(self.entropies) - 1)
+        beyond = self.behind[last]
+        if kept == count or not beyond:
+            return self.entropies[last]
+        return beyond[min(count - kept - 1, len(beyond) - 1)]
 
     def path(self, start: int, plan: Plan, most: int) -> tuple[int, ...]:
         """Ranks of the drafts that survive from a place on, at most `most` of them, in a plan's chain or tree."""
@@ -100,7 +115,7 @@ class Replay:
     Args:
         tokens: of all rows.
         seconds: on the virtual clock.
-        plans: of every cycle, in order.
+        plans: of every cycle, in order; of a draft that was stopped early, with the drafts that it got.
         places: at every cycle, how far each row in flight had come, by its number.
     """
 
@@ -152,20 +167,23 @@ def replay(
             flight[index] = (text, 0)
         remaining = {index: len(text.ranks) - place for index, (text, place) in flight.items()}
         useful = tuple(left - 1 for left in remaining.values())
-        plan = policy.plan(Outlook(tuple(flight), useful, max(useful), equality))
-        result.plans.append(plan)
+        stops = all(text.entropies for text, _ in flight.values())
+        plan = policy.plan(Outlook(tuple(flight), useful, max(useful), equality, stops))
         result.places.append({index: place for index, (_, place) in flight.items()})
-        drafted = {index: min(plan.num_drafts, left - 1) for index, left in remaining.items()}
+        count, num_steps, seen = _drafted(plan, list(flight.values()))
+        plan = plan if plan.stop is None else replace(plan, num_drafts=count)
+        result.plans.append(plan)
+        drafted = {index: min(count, left - 1) for index, left in remaining.items()}
         paths = {index: text.path(place, plan, drafted[index]) for index, (text, place) in flight.items()}
         accepted = {index: len(path) for index, path in paths.items()}
         reached = costs.bonus_always or any(accepted[index] == drafted[index] for index in flight)
         rows, width = len(flight), plan.window
-        steps = [("expert", 1)] * max(1, plan.num_drafts)
+        steps = [("expert", 1)] * num_steps
         if plan.tree is not None:
             levels = plan.tree.levels if costs.bonus_always else plan.tree.expanded
             steps = [("expert", len(level)) for level in levels if level]
             reached = reached and not costs.bonus_always
-        work = steps + [("expert", 1)] * (reached and plan.num_drafts > 0)
+        work = steps + [("expert", 1)] * (reached and num_steps <= count)
         work += [("anti_expert", width), ("base", width)]
         exact = [ForwardTime(role, rows, size, costs.forward(role, rows, size)) for role, size in work]
         told = [forward._replace(seconds=forward.seconds * _spike(rng, noise)) for forward in exact]
@@ -180,6 +198,7 @@ def replay(
             own + sum(forward.seconds for forward in told),
             ranks=() if plan.tree is None else tuple(paths.values()),
             heard=heard,
+            entropies=tuple(own[: accepted[index] + 1] for own, index in zip(seen, flight, strict=True)),
         )
         policy.observe(report)
         result.reports.append(report)
@@ -192,6 +211,19 @@ def replay(
             else:
                 del flight[index]
     return result
+
+
+def _drafted(plan: Plan, rows: Sequence[tuple[Recording, int]]) -> tuple[int, int, list[tuple[float, ...]]]:
+    """How a chain of the expert's goes: its drafts, its steps, and of each row the entropies that a stop has seen."""
+    seen: list[tuple[float, ...]] = [() for _ in rows]
+    if plan.stop is None:
+        return plan.num_drafts, max(1, plan.num_drafts), seen
+    for done in range(plan.num_drafts):
+        seen = [(*own, text.entropy(place, done)) for own, (text, place) in zip(seen, rows, strict=True)]
+        length = plan.stop.length(seen)
+        if length <= done + 1:
+            return length, done + 1, seen
+    return plan.num_drafts, plan.num_drafts, seen
 
 
 def _spike(rng: random.Random, noise: float) -> float:

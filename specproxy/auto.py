@@ -10,6 +10,9 @@ whose further nodes add the chance that the target's token is the expert's secon
 
 A batch has one window: rows with a shorter one of their own would save nothing, since its forwards run over all rows.
 
+Where the loop can stop a draft without waiting for a device, the chain of a few rows has its length decided while it is
+drafted, by the entropies of the expert's laws (`specproxy.early_stop`); G is then what it would have had without.
+
 While nothing is drafted, acceptance is heard all the same: such a cycle has the expert's logits at its position anyway,
 so every few of them a plan `listens`: it asks whether the expert's draft there would have been accepted. What lookup
 offers is compared with the text that came, whoever drafted it, so that lookup is known without being tried.
@@ -27,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from specproxy.cycle_times import CycleTimes
+from specproxy.early_stop import EarlyStop, EntropyOdds
 from specproxy.forecast import Forecast, RankForecast
 from specproxy.policy import CycleReport, Outlook, Plan
 from specproxy.tree import TYPICAL_RANK_ACCEPTANCE, TreeShape
@@ -50,6 +54,8 @@ _GAIN_OF_CAPTURE = 0.1  # by which a plan that has yet to be captured must promi
 _LISTEN_EVERY = 2  # per-step cycles
 _NEARLY = 0.9  # of the best rate
 _LOOK_EVERY = 8  # cycles
+_FEW_ROWS = 4  # of which a stop may make something: with more the entropies say much the same every time
+_LIFT = 1.05  # what stopping early is taken to add to the rate that is planned without
 _MATCHES = (4, 8)  # lengths of match from which lookup's offers count as better ones
 
 
@@ -75,13 +81,22 @@ class AutoPolicy:
         drafters: who may draft, by name.
         trees: whether the expert may draft trees, where equality decides.
         captured: whether cycles are captured: then a plan has to be worth its capture before it is made.
+        stops: whether the expert's drafts may be stopped early, where the loop can.
     """
 
-    def __init__(self, drafters: tuple[str, ...] = AUTO_DRAFTERS, trees: bool = True, captured: bool = False) -> None:
+    def __init__(
+        self,
+        drafters: tuple[str, ...] = AUTO_DRAFTERS,
+        trees: bool = True,
+        captured: bool = False,
+        stops: bool = True,
+    ) -> None:
         self._drafters = drafters
         self._captured = captured
         self._run: set[Plan] = set()  # plans that have been made
         self._has_trees = trees and _EXPERT in drafters
+        self._stops = stops
+        self._entropies = EntropyOdds()
         self._times = CycleTimes(_COUNTS)
         self._forecasts = {name: Forecast(_MOST) for name in {_EXPERT, *drafters}}
         self._ranks = RankForecast(len(TYPICAL_RANK_ACCEPTANCE))
@@ -113,11 +128,38 @@ class AutoPolicy:
         options = [idle]
         for drafter in self._drafters:
             options += self._chains(drafter, outlook)
-        best = self._due(options, outlook) or self._settle(options)
-        is_time = self._was_surprised or self._without_drafts % _LISTEN_EVERY == 0
-        listens = best.plan.num_drafts == 0 and _EXPERT in self._drafters and is_time
+        due = self._due(options, outlook)
+        best = due or self._settle(options)
         plan = best.plan
-        return Plan(plan.num_drafts, plan.drafter, plan.tree, listens, expected=(best.tokens, best.seconds))
+        is_time = self._was_surprised or self._without_drafts % _LISTEN_EVERY == 0
+        listens = plan.num_drafts == 0 and _EXPERT in self._drafters and is_time
+        stop = None
+        if self._can_stop(outlook) and due is None and not listens and plan.drafter == _EXPERT and plan.tree is None:
+            stop = self._stop(outlook, best)
+        count = plan.num_drafts if stop is None else stop.most
+        return Plan(count, plan.drafter, plan.tree, listens, expected=(best.tokens, best.seconds), stop=stop)
+
+    def _can_stop(self, outlook: Outlook) -> bool:
+        return self._stops and outlook.stops and _EXPERT in self._drafters and len(outlook.rows) <= _FEW_ROWS
+
+    def _stop(self, outlook: Outlook, best: _Option) -> EarlyStop | None:
+        """What decides the length of the expert's chain while it is drafted; None where nothing is to be decided."""
+        times = self._times.chain(_EXPERT, len(outlook.rows))
+        limits = np.array(outlook.useful)
+        most = min(outlook.most, _MOST, int(limits.max()))
+        if most < 1 or times is None or times.step is None:
+            return None
+        forecast = self._forecasts[_EXPERT]
+        acceptance = np.where(np.arange(_MOST) < limits[:, None], forecast.acceptance(outlook.rows), 0)[:, :most]
+        return EarlyStop(
+            acceptance,
+            self._entropies.expected(acceptance, forecast.rate),
+            self._entropies.factors(),
+            np.interp(np.arange(most + 1), _COUNTS, times.windows),
+            times.step,
+            best.rate * _LIFT,
+            best.plan.num_drafts,
+        )
 
     def _chains(self, drafter: str, outlook: Outlook) -> list[_Option]:
         """The best chain of a drafter beside the present one, and with the expert the best tree; both may be none."""
@@ -217,6 +259,8 @@ class AutoPolicy:
             accepted = [next((i for i, rank in enumerate(path) if rank), len(path)) for path in report.ranks]
             self._forecasts[_EXPERT].hear(zip(report.rows, report.num_drafts, accepted, strict=True))
             self._ranks.hear(plan.tree, report.ranks, report.num_drafts)
+        elif plan.stop is not None:
+            self._hear_stopped(report)
         elif plan.num_drafts and plan.drafter != _LOOKUP:
             fates = zip(report.rows, report.num_drafts, report.num_accepted, strict=True)
             self._forecasts[plan.drafter].hear(fates)
@@ -233,6 +277,23 @@ class AutoPolicy:
         for name, forecast in self._forecasts.items():
             if name != _LOOKUP and forecast.num_rows > 2 * len(report.rows) + 64:
                 forecast.keep(report.rows)
+
+    def _hear_stopped(self, report: CycleReport) -> None:
+        """Learn from a draft that was free to stop: how its drafts fared, and what its entropies had told."""
+        forecast = self._forecasts[_EXPERT]
+        expected = self._entropies.expected(forecast.acceptance(report.rows), forecast.rate)
+        tested: list[tuple[float, bool, float]] = []
+        dropped: list[tuple[int, int, float]] = []
+        figures = zip(report.rows, report.num_drafts, report.num_accepted, report.entropies, expected, strict=True)
+        for row, drafted, accepted, entropies, chances in figures:
+            for i, entropy in enumerate(entropies):
+                if i < drafted:
+                    tested.append((entropy, i < accepted, float(chances[i])))
+                elif i == drafted < _MOST:
+                    dropped.append((row, i, self._entropies.given(float(chances[i]), entropy)))
+        forecast.hear(zip(report.rows, report.num_drafts, report.num_accepted, strict=True))
+        forecast.assume(dropped)
+        self._entropies.hear(tested)
 
 
 def _match_class(length: int) -> int:

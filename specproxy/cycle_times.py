@@ -35,10 +35,14 @@ class ChainTimes:
     Args:
         seconds: float64 [n], without the expert's step at the bonus position.
         bonus: seconds of that step, where it runs only when reached.
+        windows: float64 [n], the share of all but the expert's steps in `seconds`, where its steps are known.
+        step: seconds of one of these steps; None where they are not known, or the bonus step is not one by itself.
     """
 
     seconds: Any
     bonus: float
+    windows: Any = None
+    step: float | None = None
 
 
 class CycleTimes:
@@ -77,9 +81,9 @@ class CycleTimes:
                 self._scorers.add(role)
         is_new |= self._costs.add(f"own {name}", rows, width, max(0.0, report.seconds - in_forwards))
         reached = any(kept == count for kept, count in zip(report.num_accepted, report.num_drafts, strict=True))
-        if name == _EXPERT and plan.num_drafts and steps > plan.num_drafts and not reached:
+        if plan.stop is None and name == _EXPERT and plan.num_drafts and steps > plan.num_drafts and not reached:
             self._bonus_always = True
-        if name == _EXPERT and report.forwards and reached and steps <= plan.num_drafts:
+        if plan.stop is None and name == _EXPERT and report.forwards and reached and steps <= plan.num_drafts:
             self._bonus_is_shared = True
         self._age += 1
         if is_new or self._age >= _REFRESH_EVERY:
@@ -94,6 +98,8 @@ class CycleTimes:
             times = self._chains[drafter, rows] = self._chain(drafter, rows)
             # A wider window is never cheaper, which shows a single spike for what it is.
             times.seconds = np.minimum.accumulate(times.seconds[::-1])[::-1]
+            if times.windows is not None:
+                times.windows = np.minimum.accumulate(times.windows[::-1])[::-1]
         return times
 
     def _chain(self, drafter: str, rows: int) -> ChainTimes:
@@ -108,7 +114,10 @@ class CycleTimes:
         if drafter == _LOOKUP:
             return ChainTimes(windows + [self._costs.seconds(_EXPERT, rows, width) for width in widths], 0.0)
         steps = self._counts if self._bonus_is_shared else np.maximum(self._counts + self._bonus_always, 1)
-        return ChainTimes(windows + steps * step, 0.0 if self._bonus_always or self._bonus_is_shared else step)
+        seconds = windows + steps * step
+        if self._bonus_always or self._bonus_is_shared:
+            return ChainTimes(seconds, 0.0)
+        return ChainTimes(seconds, step, windows, step)
 
     def tree(self, shape: TreeShape, rows: int) -> float | None:
         """Seconds of a cycle with a tree, without the expert's step at a leaf that is reached; None as in `chain`."""

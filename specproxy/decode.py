@@ -6,7 +6,7 @@ Rows are admitted and evicted between steps. Knows nothing of requests, text or 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
@@ -42,10 +42,12 @@ class Cycle:
             With a tree [B, 2 D + G + 4]: the path's drafts, its nodes, the guesses of all nodes, and the same four.
             Where the plan listens [B, 5]: in place of drafts, whether the expert's would have been accepted.
         window: the scored window, for messages and for recorded logits.
+        entropies: where the draft was free to stop early, `Draft.entropies` of every row.
     """
 
     packed: Tensor
     window: WindowLogits
+    entropies: list[list[float]] = field(default_factory=list)
 
 
 def step(
@@ -72,6 +74,9 @@ def step(
     offers = _offers(state, policy.offers_wanted)
     plan = _plan(state, runners, policy, offers)
     result = _run(state, runners, plan)
+    if plan.stop is not None:
+        stats.record_stop(result.window.window - 1 - plan.stop.planned)
+        plan = replace(plan, num_drafts=result.window.window - 1)
     rows, packed = _settle(state, runners, plan, result, stats, on_finish)
 
     report = CycleReport(
@@ -83,6 +88,9 @@ def step(
         seconds=perf_counter() - runners.capture_seconds - began,
         ranks=() if plan.tree is None else tuple(_ranks(plan.tree, line) for line in packed),
         heard=tuple(bool(line[0]) for line in packed) if plan.listens else (),
+        entropies=tuple(
+            tuple(own[: line[-3] + 1]) for own, line in zip(result.entropies, packed, strict=bool(result.entropies))
+        ),
         matched=tuple(
             _match(offer, row.tokens[n:]) for offer, row, n in zip(offers, rows, lengths, strict=bool(offers))
         ),
@@ -102,7 +110,9 @@ def cycle(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
         state, runners: as in `step`.
         plan: who drafts, and how many tokens.
     """
-    noise = state.noise()
+    # How long a draft gets shows in the cycle's time, and depends on tokens behind a refused one as well: their noise
+    # must not come back in a cycle that was planned knowing that time.
+    noise = state.noise(fresh=plan.stop is not None)
     draft = drafter_of(plan).propose(state, runners, noise, plan)
     guesses = draft.tokens = runners.ranks.agree(draft.tokens)
     window = score_window(state, runners, draft)
@@ -110,7 +120,8 @@ def cycle(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:
     head = [draft.tokens] if draft.nodes is None else [draft.tokens, draft.nodes, guesses]
     if plan.listens:
         head = [would_accept(state, noise, window)[:, None]]
-    return Cycle(_commit(state, runners, draft, outcome, head), window)
+    entropies = [] if draft.entropies is None else draft.entropies.tolist()
+    return Cycle(_commit(state, runners, draft, outcome, head), window, entropies)
 
 
 def _offers(state: DecodeState, count: int) -> list[Offer]:
@@ -133,8 +144,19 @@ def _plan(state: DecodeState, runners: TrioRunners, policy: WindowPolicy, offers
     rows = tuple(row.index for row in state.rows)
     useful = tuple(min(row.remaining - 1, row.max_draft_tokens) for row in state.rows)
     lengths = tuple((offer.length, len(offer.tokens)) for offer in offers)
-    outlook = Outlook(rows, useful, max(0, most - 1), state.equality_decides, lengths)
+    outlook = Outlook(rows, useful, max(0, most - 1), state.equality_decides, _stops(state, runners), lengths)
     return runners.ranks.agree_on(policy.plan(outlook))
+
+
+def _stops(state: DecodeState, runners: TrioRunners) -> bool:
+    """Whether a draft can be stopped early.
+
+    The decision is read on the host after every step of the expert: on a GPU that would be a synchronisation a draft,
+    in place of one a cycle, and within a capture it cannot be. Masks on the device would save no forward: a window's
+    shape is the same. Processes that share a base would have to agree after every step.
+    """
+    on_host = state.device.type == runners.expert.device.type == "cpu"
+    return on_host and runners.graphs is None and runners.ranks.is_alone
 
 
 def _run(state: DecodeState, runners: TrioRunners, plan: Plan) -> Cycle:

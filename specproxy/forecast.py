@@ -36,7 +36,7 @@ class _Past:
     def __init__(self) -> None:
         self.recent_trials = self.recent_kept = self.long_trials = self.long_kept = 0.0
 
-    def add(self, trials: int, kept: int) -> None:
+    def add(self, trials: float, kept: float) -> None:
         recent, long = _RECENT**trials, _LONG**trials
         self.recent_trials = self.recent_trials * recent + trials
         self.recent_kept = self.recent_kept * recent + kept
@@ -88,6 +88,23 @@ class Forecast:
             self._past.setdefault(key, _Past()).add(trials, kept)
         self._odds = None
 
+    def assume(self, drafts: Iterable[tuple[Hashable, int, float]]) -> None:
+        """Take drafts into account that were dropped because they were unlikely to survive, as if they had been tested.
+
+        Without them a rate would be that of likely drafts alone.
+
+        Args:
+            drafts: (key, position, probability that it would have survived) of drafts behind others that all survived.
+        """
+        pool = self.rate
+        for key, position, chance in drafts:
+            past = self._past.setdefault(key, _Past())
+            self._trials[position] += 1
+            self._kept[position] += chance
+            self._expected[position] += past.rate(pool)
+            past.add(1, chance)
+        self._odds = None
+
     @property
     def rate(self) -> float:
         """Probability that a draft survives, given that those before it did: over all rows and positions."""
@@ -95,7 +112,11 @@ class Forecast:
         return float((self._kept.sum() + weight * prior) / (self._trials.sum() + weight))
 
     def survival(self, keys: Iterable[Hashable]) -> Any:
-        """Probability that the first i + 1 drafts all survive, float64 [rows, positions].
+        """Probability that the first i + 1 drafts all survive, float64 [rows, positions]; keys as in `acceptance`."""
+        return self.acceptance(keys).cumprod(axis=1)
+
+    def acceptance(self, keys: Iterable[Hashable]) -> Any:
+        """Probability that draft i survives where those before it did, float64 [rows, positions].
 
         Args:
             keys: of the rows; unknown ones take the rate of all.
@@ -106,7 +127,7 @@ class Forecast:
         past = (self._past.get(key) for key in keys)
         rates = np.array([pool if one is None else one.rate(pool) for one in past]).clip(_LEAST, _GREATEST)
         odds = (rates / (1 - rates))[:, None] * self._odds
-        return (odds / (1 + odds)).cumprod(axis=1)
+        return odds / (1 + odds)
 
     def _position_odds(self) -> Any:
         """Factor of every position: seen odds over expected odds, each drawn towards the one before it."""

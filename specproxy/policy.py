@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 from specproxy.config import SpeculationParameters
 from specproxy.costs import ForwardTime
+from specproxy.early_stop import EarlyStop
 from specproxy.tree import TYPICAL_RANK_ACCEPTANCE, TreeShape
 
 __all__ = ["CycleReport", "FixedWindow", "Match", "Outlook", "Plan", "WindowPolicy", "fixed_tree"]
@@ -27,6 +28,7 @@ class Plan:
         tree: where equality decides, the tree that is drafted in place of a chain; its depth is `num_drafts`.
         listens: whether a per-step cycle tells if the expert's draft would have been accepted; no other plan may.
         expected: tokens of all rows and seconds of the cycle, as the policy predicts them; for statistics alone.
+        stop: where the loop `stops`, decides during a chain of the expert's how many of `num_drafts` drafts it gets.
     """
 
     num_drafts: int
@@ -34,6 +36,7 @@ class Plan:
     tree: TreeShape | None = None
     listens: bool = False
     expected: tuple[float, float] | None = field(default=None, compare=False)
+    stop: EarlyStop | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         assert self.tree is None or self.tree.depth == self.num_drafts, "a tree's depth is the number of drafts"
@@ -62,6 +65,7 @@ class Outlook:
         useful: drafts of each that it can make use of, within its budget and its own limit; may be negative.
         most: drafts that there is room for.
         equality: whether equality decides about the drafts of every row, so that trees may be drafted.
+        stops: whether the loop can stop a chain of the expert's early.
         offers: where the policy wants them, of each row the length of lookup's match in its committed text, and how
             many tokens follow it there.
     """
@@ -70,6 +74,7 @@ class Outlook:
     useful: tuple[int, ...]
     most: int
     equality: bool = False
+    stops: bool = False
     offers: tuple[tuple[int, int], ...] = ()
 
 
@@ -78,7 +83,7 @@ class CycleReport:
     """What a cycle cost and gave.
 
     Args:
-        plan: as it was made.
+        plan: as it was made; of a draft that could stop, with the number of drafts that it got.
         rows: the rows that took part, by their `index`.
         num_drafts: drafts of each that were verified.
         num_accepted: leading drafts of each that survived.
@@ -88,6 +93,9 @@ class CycleReport:
             it the target's token was no guess of the node there, if that node has any and the row's budget left more.
         heard: where the plan listens, for each row whether the expert's draft would have been accepted.
         matched: where there were offers, how each fared against the text that came.
+        entropies: where the plan stops, of each row the entropies of the laws that its drafts were drawn from, up to
+            its first refused draft; behind drafts that all survived also that of a law whose draft was dropped. Laws
+            behind a refused draft are no part of the text's past, and are not told.
     """
 
     plan: Plan
@@ -99,6 +107,7 @@ class CycleReport:
     ranks: tuple[tuple[int, ...], ...] = ()
     heard: tuple[bool, ...] = ()
     matched: tuple[Match, ...] = ()
+    entropies: tuple[tuple[float, ...], ...] = ()
 
 
 class WindowPolicy(Protocol):

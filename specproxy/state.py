@@ -52,6 +52,7 @@ class Draft:
             reach, and `expert_logits` are those of all nodes, or of the nodes that have children. The walk through the
             tree leaves the path that it took: tokens by depth, as in a chain.
         nodes: int64 [B, D], the nodes of that path; None before.
+        entropies: where the draft was free to stop early, those of the laws on its way, in nats, [B, G or G + 1].
     """
 
     tokens: Tensor
@@ -60,6 +61,7 @@ class Draft:
     expert_logits: Tensor | None
     tree: TreeShape | None = None
     nodes: Tensor | None = None
+    entropies: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -395,9 +397,14 @@ class DecodeState:
         depth = torch.arange(window, device=self.device) if depth is None else depth
         return scheduled_strengths(self.alpha, self._schedule, self.start[:, None] + depth)
 
-    def noise(self) -> NoiseStream:
-        """The noise of the cycle that starts now."""
-        return NoiseStream(self.key, self.start, self.start if self.rule == "block" else None)
+    def noise(self, fresh: bool = False) -> NoiseStream:
+        """The noise of the cycle that starts now.
+
+        Args:
+            fresh: whether, where equality does not decide, no later cycle may come back to it: under `block` none does.
+        """
+        is_own = self.rule == "block" or (fresh and self.rule != "coupled")
+        return NoiseStream(self.key, self.start, self.start if is_own else None)
 
     def commit(self, drafts: Tensor, num_accepted: Tensor, next_token: Tensor) -> Tensor:
         """Advance the device's side of every row by its accepted drafts and its next token, in place.

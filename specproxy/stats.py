@@ -41,6 +41,8 @@ class SpeculationStats:
         windows: how many cycles had each number of drafts, by drafter; under "tree" each number of drafted nodes. A
             cycle counts once, whatever its rows.
         num_per_step_cycles: cycles without drafts.
+        entropy_stops: cycles whose number of drafts was decided by the expert's entropy: how many were "shorter" than
+            planned, how many "as_planned" and "longer".
         expected: what the policy predicted, "tokens" and "seconds", over the cycles for which it did.
         realised: what those cycles gave and took.
         drafters: the counts of each drafter that took part, by name; per-step cycles are nobody's.
@@ -61,6 +63,7 @@ class SpeculationStats:
     drafted_per_position: list[int] = field(default_factory=list)
     windows: dict[str, dict[int, int]] = field(default_factory=dict)
     num_per_step_cycles: int = 0
+    entropy_stops: dict[str, int] = field(default_factory=lambda: {"shorter": 0, "as_planned": 0, "longer": 0})
     expected: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "seconds": 0.0})
     realised: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "seconds": 0.0})
     drafters: dict[str, DrafterStats] = field(default_factory=dict)
@@ -138,6 +141,10 @@ class SpeculationStats:
                 total["tokens"] += tokens
                 total["seconds"] += seconds
 
+    def record_stop(self, beyond: int) -> None:
+        """Count a cycle whose drafting was free to stop early, by how many drafts it got beyond the planned number."""
+        self.entropy_stops["shorter" if beyond < 0 else "longer" if beyond else "as_planned"] += 1
+
     @property
     def expected_tokens_per_second(self) -> float:
         """As the policy predicted it; 0.0 without predictions."""
@@ -167,6 +174,7 @@ class SpeculationStats:
                 for drafter, own in self.windows.items()
             },
             "num_per_step_cycles": self.num_per_step_cycles,
+            "entropy_stops": dict(self.entropy_stops),
             "expected_tokens_per_second": self.expected_tokens_per_second,
             "realised_tokens_per_second": self.realised_tokens_per_second,
             "drafters": {name: asdict(counts) for name, counts in self.drafters.items()},

@@ -114,7 +114,9 @@ def score_window(state: DecodeState, runners: TrioRunners, draft: Draft) -> Wind
     branches = runners.branches
     bonus: dict[str, Tensor] = {}  # what a shared pass adds to the logits of an expert that has drafted
     for pair in runners.pairs:
-        if pair.expert in runners.packed and draft.tree is None:  # a tree's expert has run all that pays already
+        # A tree's expert has run all that pays already, and so has one whose last law nothing was drawn from.
+        has_all = draft.tree is not None or (pair.expert in by_role and window.num_scored == window.window)
+        if pair.expert in runners.packed and not has_all:
             with branches.beside():
                 bonus |= _score_packed(runners, pair, inputs, draft, by_role)
     for role, tokens in inputs.items():

@@ -23,7 +23,7 @@ PROMPTS = ((4, 1, 2), (0,))
 WIDTHS = (8, 7, 7)  # logits of base, expert and anti-expert; the tokenizer knows fewer ids
 
 
-class _Words:
+class Words:
     """The one property of a tokenizer that the package reads: its ids."""
 
     def __init__(self, ids: Sequence[int]) -> None:
@@ -151,7 +151,7 @@ def sample(
     model_class: Callable[..., Any], case: LoopCase, rows: int, seed: int, batch: int = 4096
 ) -> list[np.ndarray]:
     """New tokens [rows, length] after each prompt: `rows` draws per prompt, both prompts in every batch."""
-    model = model_class(*models(case.correlation, case.seed), tokenizer=_Words(case.ids), alpha=case.alpha)
+    model = model_class(*models(case.correlation, case.seed), tokenizer=Words(case.ids), alpha=case.alpha)
     ids, mask = padded_prompts()
     width = ids.shape[1]
     found = []
@@ -203,7 +203,7 @@ def greedy_path(case: LoopCase, length: int) -> list[list[int]]:
 
 def greedy_tokens(model_class: Callable[..., Any], case: LoopCase, length: int) -> list[list[int]]:
     """The same through `generate`, both prompts in one batch."""
-    model = model_class(*models(case.correlation, case.seed), tokenizer=_Words(case.ids), alpha=case.alpha)
+    model = model_class(*models(case.correlation, case.seed), tokenizer=Words(case.ids), alpha=case.alpha)
     ids, mask = padded_prompts()
     tokens = model.generate(ids, mask, max_new_tokens=length, num_draft_tokens=case.num_drafts)
     return [list(row) for row in tokens[:, ids.shape[1] :].tolist()]

@@ -366,7 +366,7 @@ def interrupt(input_ids: torch.Tensor, scores: Any) -> bool:
 PLANTED = {
     "start as a number": (
         "noise",
-        lambda state: NoiseStream(state.key, torch.full_like(state.start, len(state.rows[0].tokens))),
+        lambda state, fresh: NoiseStream(state.key, torch.full_like(state.start, len(state.rows[0].tokens))),
     ),
     "budget as a number": (
         "num_drafts",

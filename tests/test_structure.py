@@ -39,6 +39,8 @@ LAYERS = [
         "specproxy.text",
         "specproxy.theory",
         "specproxy.costs",
+        "specproxy.early_stop",
+        "specproxy.draft.entropy",
         "specproxy.tree",
         "specproxy.grammar",
     },

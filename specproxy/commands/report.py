@@ -89,6 +89,12 @@ def _summary(stats: SpeculationStats, comparison: Comparison | None) -> Table:
             counts = ", ".join(f"{cycles} with {count}" for count, cycles in sorted(windows.items()))
             table.add_row(f"windows of the {drafter}", counts)
         table.add_row("cycles without drafts", str(stats.num_per_step_cycles))
+        stops = stats.entropy_stops
+        if any(stops.values()):
+            ends = (
+                f"{stops['shorter']} shorter than planned, {stops['as_planned']} as planned, {stops['longer']} longer"
+            )
+            table.add_row("cycles whose drafts entropy ended", ends)
         table.add_row("predicted by the policy", f"{stats.expected_tokens_per_second:.1f} tokens/s")
         table.add_row("realised in those cycles", f"{stats.realised_tokens_per_second:.1f} tokens/s")
     if comparison is not None:

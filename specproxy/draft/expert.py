@@ -1,16 +1,24 @@
-"""The default drafter: the expert itself, one step at a time. Its logits then serve the target's law as well."""
+"""The default drafter: the expert itself, one step at a time. Its logits then serve the target's law as well.
+
+Where the plan says so, the length of the draft follows from the entropies of the laws that it is drawn from, read on
+the host after every step. A position's law is known before a token is drawn there: it follows from tokens that are
+verified alone, so that no draft is discarded because of what it is.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from specproxy.draft.entropy import expert_entropy
 from specproxy.policy import Plan
 from specproxy.state import EXPERT, DecodeState, Draft
 from specproxy.trio import TrioRunners
 from specproxy_kernels import DraftLaw, NoiseStream, WarpParameters, combine_logits, sample_drafts
 
 __all__ = ["ExpertDrafter", "draw_draft", "join_draft", "no_draft"]
+
+_AHEAD = 2  # positions past the length that a draft aims at whose noise is drawn along: it may yet grow
 
 
 class ExpertDrafter:
@@ -19,31 +27,39 @@ class ExpertDrafter:
     name = "expert"
 
     def propose(self, state: DecodeState, runners: TrioRunners, noise: NoiseStream, plan: Plan) -> Draft:
-        """Draw `plan.num_drafts` tokens per row; see `Drafter`."""
-        return _draw(state, runners, noise, plan.num_drafts)
+        """Draw `plan.num_drafts` tokens per row, or fewer where `plan.stop` says so; see `Drafter`."""
+        return _draw(state, runners, noise, plan)
 
 
-def _draw(state: DecodeState, runners: TrioRunners, noise: NoiseStream, count: int) -> Draft:
+def _draw(state: DecodeState, runners: TrioRunners, noise: NoiseStream, plan: Plan) -> Draft:
+    count, stop = plan.num_drafts, plan.stop
     if count == 0:
         return no_draft(state)
     parameters = state.warp(count + 1)
     drafts = torch.empty(state.width, 0, dtype=torch.long, device=state.device)
-    # No row drafts past its own budget, so that its tokens do not depend on how long its neighbours go on.
-    num_drafts = state.num_drafts(count)
     # The coupled rule reads the bonus token's noise from the same purpose: draw it along.
     noise.expect(count + (state.rule == "coupled"))
     laws: list[DraftLaw] = []
     raw: list[Tensor] = []
-    token = state.pending[EXPERT][:, None]
-    for i in range(count):
-        raw.append(runners.expert.forward(token, offset=i).to(state.device))
+    entropies = torch.empty(state.width, 0, device=state.device)
+    token, length = state.pending[EXPERT][:, None], count
+    while len(raw) < max(length, 1):
+        raw.append(runners.expert.forward(token, offset=len(raw)).to(state.device))
+        if stop is not None:
+            entropies = torch.cat([entropies, expert_entropy(raw[-1], state.vocab_size)], dim=1)
+            length = stop.length(entropies.tolist())
+            if length < len(raw):
+                break
+            noise.expect(min(length + _AHEAD, count) + (state.rule == "coupled"))
         token, law = draw_draft(state, raw[-1], parameters, drafts, noise)
         drafts = torch.cat([drafts, token], dim=1)
         laws.append(law)
-    draft = join_draft(state, drafts, num_drafts, laws, None)
-    assert draft.law is not None
+    # No row drafts past its own budget, so that its tokens do not depend on how long its neighbours go on.
+    draft = join_draft(state, drafts, state.num_drafts(len(laws)), laws, None) if laws else no_draft(state)
     # Without processors the law keeps the very logits that the model gave: no second copy.
-    draft.expert_logits = torch.cat(raw, dim=1) if state.has_processors else draft.law.logits
+    is_kept = draft.law is not None and len(laws) == len(raw) and not state.has_processors
+    draft.expert_logits = draft.law.logits if is_kept and draft.law is not None else torch.cat(raw, dim=1)
+    draft.entropies = None if stop is None else entropies
     return draft
 
 

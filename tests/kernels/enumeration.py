@@ -193,16 +193,24 @@ def race_law(draw: Callable[[Tensor, Tensor], Tensor], rows: int, vocab_size: in
 
 
 class Cycle:
-    """The inputs of one cycle for every possible draft [N = V^G, G]."""
+    """The inputs of one cycle for every possible draft [N = V^G, G].
 
-    def __init__(self, ops: ModuleType, scenario: Scenario) -> None:
+    Args:
+        ops: the runtime's functions.
+        scenario: what is compared.
+        length: where given, the number of drafts that are verified of a path, in place of the scenario's.
+    """
+
+    def __init__(
+        self, ops: ModuleType, scenario: Scenario, length: Callable[[tuple[int, ...]], int] | None = None
+    ) -> None:
         self.ops, self.scenario = ops, scenario
         self.tables = Tables(scenario)
         self.vocab_size, self.count = scenario.vocab_size, scenario.window - 1
         paths = list(itertools.product(range(self.vocab_size), repeat=self.count))
         self.drafts = torch.tensor(paths, dtype=torch.long)
         used = self.count if scenario.num_drafts is None else scenario.num_drafts
-        self.num_drafts = torch.full((len(paths),), used, dtype=torch.long)
+        self.num_drafts = torch.tensor([used if length is None else length(path) for path in paths])
         self.base = self._along_paths(self.tables.base)
         self.expert = self._along_paths(self.tables.expert)
         self.anti_expert = self._along_paths(self.tables.anti_expert)
@@ -338,12 +346,12 @@ class Comparison:
     expected_tokens: float
 
 
-def compare(ops: ModuleType, scenario: Scenario) -> Comparison:
+def compare(ops: ModuleType, scenario: Scenario, length: Callable[[tuple[int, ...]], int] | None = None) -> Comparison:
     """Joint law of W tokens, of which a cycle gives the first ones, against the target's.
 
-    Certain drafts must give the target's law each; drawn ones give it together.
+    Certain drafts must give the target's law each; drawn ones give it together. `length` as in `Cycle`.
     """
-    cycle = Cycle(ops, scenario)
+    cycle = Cycle(ops, scenario, length)
     kept, next_law = cycle.outcomes()
     conditional = cycle.tables.target(scenario)
     window, vocab = scenario.window, scenario.vocab_size

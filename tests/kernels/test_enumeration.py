@@ -1,5 +1,8 @@
 """Exact enumeration: one cycle emits tokens of the target's law, with no sampling and so no false alarm."""
 
+import itertools
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +45,32 @@ def scenarios() -> list[Scenario]:
 @pytest.mark.parametrize("scenario", scenarios(), ids=str)
 def test_cycle_follows_the_target(scenario: Scenario) -> None:
     assert compare(reference, scenario).total_variation < 1e-12
+
+
+def stopped(path: tuple[int, ...], goes_on: Callable[[tuple[int, ...]], bool]) -> int:
+    """Drafts of a path that is drawn while what was drawn before allows one more."""
+    return next((i for i in range(len(path)) if not goes_on(path[:i])), len(path))
+
+
+@pytest.mark.parametrize("rule", ["rejection", "block"])
+@pytest.mark.parametrize("name", ["plain", "all"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_draft_may_stop_by_the_law_behind_its_tokens(rule: str, name: str, seed: int) -> None:
+    """Any rule of the tokens so far, so any of the law that follows them, and under `block` too."""
+    scenario = Scenario(rule, 3, 4, SETTINGS[name], seen=(1,), seed=90 + seed)
+    rng = np.random.default_rng(seed)
+    prefixes = [prefix for depth in range(3) for prefix in itertools.product(range(3), repeat=depth)]
+    allowed = {prefix: bool(rng.random() < 0.7) or not prefix for prefix in prefixes}
+    lengths = {stopped(path, allowed.__getitem__) for path in itertools.product(range(3), repeat=3)}
+    assert len(lengths) > 1
+    assert compare(reference, scenario, lambda path: stopped(path, allowed.__getitem__)).total_variation < 1e-12
+
+
+@pytest.mark.parametrize("rule", ["rejection", "block"])
+def test_a_draft_discarded_because_of_its_token_is_seen(rule: str) -> None:
+    scenario = Scenario(rule, 3, 4, seed=90)
+    biased = compare(reference, scenario, lambda path: next((i for i, token in enumerate(path) if token == 1), 3))
+    assert biased.total_variation > 0.01
 
 
 @pytest.mark.slow

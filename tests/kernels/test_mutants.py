@@ -132,7 +132,7 @@ LOOP_MUTANTS = [
     Mutant(
         "position-only nonce in the loop",
         "specproxy.state",
-        'self.start if self.rule == "block" else None',
+        "self.start if is_own else None",
         "None",
     ),
     Mutant(

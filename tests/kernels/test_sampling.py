@@ -18,11 +18,13 @@ TOYS = [
     Toy("rejection", num_drafts=4, length=3, ragged=True, seed=3),
     Toy("rejection", certain=True, seed=4),
     Toy("rejection", settings={"repetition_penalty": 1.8}, seed=5),
+    Toy("rejection", num_drafts=4, stops="law", seed=8),
     Toy("block", seed=1),
     Toy("block", settings={"temperature": 0.8, "top_k": 4, "top_p": 0.95, "min_p": 0.05}, seed=2),
     Toy("block", num_drafts=4, length=3, ragged=True, seed=3),
     Toy("block", certain=True, seed=4),
     Toy("block", vocab_size=3, num_drafts=3, length=5, seed=6),
+    Toy("block", num_drafts=4, stops="law", seed=8),
     Toy("coupled", seed=1),
     Toy("coupled", settings={"temperature": 0.8, "top_k": 4, "top_p": 0.95, "min_p": 0.05}, seed=2),
 ]
@@ -43,6 +45,12 @@ def test_joint_law_across_cycles(toy: Toy) -> None:
 )
 def test_joint_law_across_cycles_at_full_power(toy: Toy) -> None:
     assert chi_square.p_value(sample(reference, noise, toy, FULL, seed=12), toy.joint_law()) > chi_square.LEVEL
+
+
+@pytest.mark.parametrize("rule", ["rejection", "block"])
+def test_a_draft_discarded_because_of_its_token_is_noticed(rule: str) -> None:
+    toy = Toy(rule, num_drafts=4, stops="token", seed=8)
+    assert chi_square.p_value(sample(reference, noise, toy, SMALL, seed=11), toy.joint_law()) < chi_square.LEVEL
 
 
 def test_toys_cross_cycle_boundaries_at_every_position() -> None:

@@ -29,6 +29,8 @@ class Toy:
         num_drafts: G.
         length: tokens per sample whose joint law is compared.
         ragged: every row has its own number of drafts, 0 .. G, fixed in advance.
+        stops: every row stops its draft before a "law" of much entropy, which is exact; or before a "token", which is
+            not.
         certain: drafts are one-hot: the token after the last one.
         correlation: expert logits are this times the target's.
     """
@@ -39,6 +41,7 @@ class Toy:
     length: int = 3
     settings: dict[str, float] = field(default_factory=dict)
     ragged: bool = False
+    stops: str = ""
     certain: bool = False
     scale: float = 0.7
     correlation: float = -1.0
@@ -48,6 +51,7 @@ class Toy:
         parts = [f"{self.rule}-V{self.vocab_size}-G{self.num_drafts}-L{self.length}"]
         parts += [f"{name}={value:g}" for name, value in self.settings.items()]
         parts += [name for name in ("ragged", "certain") if getattr(self, name)]
+        parts += [f"stops-by-{self.stops}"] * bool(self.stops)
         return "-".join(parts)
 
     def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -102,6 +106,7 @@ def _sample_chunk(
     tokens = torch.full((rows, 2 + toy.length + window), vocab)
     made = torch.zeros(rows, dtype=torch.long)
     active = torch.arange(rows)
+    entropy = torch.special.entr(expert.softmax(-1)).sum(-1)  # [contexts]
     row_drafts = torch.full((rows,), count)
     if toy.ragged:
         row_drafts = torch.tensor(np.random.default_rng(seed).integers(0, count + 1, size=rows))
@@ -119,16 +124,21 @@ def _sample_chunk(
         history = tokens[active[:, None], start[:, None] + torch.arange(2)]  # the last two tokens
         drafts = torch.empty(batch, 0, dtype=torch.long)
         laws, contexts = [], []
+        goes_on = torch.ones(batch, count + 1, dtype=torch.bool)
         for i in range(window):
             context = toy.context(history[:, 0], history[:, 1])
             contexts.append(context)
             if i == count:
                 break
+            if toy.stops == "law":
+                goes_on[:, i] = entropy[context] < entropy.median()
             if toy.certain:
                 token = (history[:, 1:] + 1) % vocab
             else:
                 token, law = ops.sample_drafts(expert[context][:, None], parameters, drafts, stream, vocab)
                 laws.append(law)
+            if toy.stops == "token":
+                goes_on[:, i] = token[:, 0] > vocab // 3
             drafts = torch.cat([drafts, token], 1)
             history = torch.cat([history[:, 1:], token], 1)
         draft_law = None
@@ -140,7 +150,8 @@ def _sample_chunk(
         context = torch.stack(contexts, 1)  # [B, W]
         pair = ops.LogitPair(expert[context], anti_expert[context], torch.ones(batch, window))
         shared = (draft_law, parameters, stream, vocab)
-        acceptance = ops.accept_window(toy.rule, base[context], [pair], drafts, row_drafts[active], *shared)
+        allowed = row_drafts[active].minimum(goes_on[:, :-1].long().cumprod(-1).sum(-1))
+        acceptance = ops.accept_window(toy.rule, base[context], [pair], drafts, allowed, *shared)
         next_token, _ = ops.emit_next_token(toy.rule, base[context], [pair], drafts, acceptance, *shared)
         kept = acceptance.num_accepted
         emitted = torch.cat([drafts, next_token[:, None]], 1).scatter(1, kept[:, None], next_token[:, None])
