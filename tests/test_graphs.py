@@ -305,6 +305,40 @@ def test_an_engine_replays_cycles_while_prompts_are_read(backend):
     assert len(outputs[4].logprobs) == 4
 
 
+@pytest.mark.parametrize(
+    ("options", "drafter"),
+    [
+        ({"drafter": "lookup"}, "lookup"),
+        ({"drafter": "cascade"}, "cascade"),
+        ({"drafter": "assistant"}, "assistant"),
+        ({"num_tree_tokens": 7}, "tree"),
+    ],
+    ids=["lookup", "cascade", "assistant", "tree"],
+)
+def test_an_engine_with_captures_whoever_drafts(backend, options, drafter):
+    """Twice on the same runners: the first engine's rows have left what they were in the assistant's cache."""
+    law = {"do_sample": True, "temperature": 1.2, "acceptance": "coupled"}
+    proxy = ProxyTunedModel(*tiny.shared_trio("llama").models, assistant=tiny.shared_trio("llama").anti_expert)
+    prompts = tiny.prompts([5, 20, 9, 13], seed=3)
+    for turn in range(2):
+        with engines.driven(proxy, max_batch_size=3, prefill_chunk=4, acceptance="coupled", **options) as engine:
+            handles = []
+            for i, prompt in enumerate(prompts[::-1] if turn else prompts):
+                request = {"seed": i, "max_new_tokens": 5 + 2 * i, "do_sample": True, "temperature": 1.2}
+                handles.append(engine.submit(prompt, **request))
+                engine.turn(2)
+            outputs = engine.finish(*handles)
+            counts = engine.engine.stats().speculation.drafters
+            engine.assert_empty()
+        assert set(counts) <= {drafter} and (counts or drafter == "lookup")
+        for i, (prompt, output) in enumerate(zip(prompts[::-1] if turn else prompts, outputs, strict=True)):
+            per_step = {"seed": i, "max_new_tokens": 5 + 2 * i, "num_draft_tokens": 0, **law}
+            assert output.tokens == engines.alone(prompt, trio(), cuda_graphs=False, **per_step)
+    if drafter == "assistant":
+        assert counts[drafter].num_accepted_tokens > 0
+    assert backend.replays > 0
+
+
 def test_an_engine_goes_on_behind_a_capture_that_broke_off(backend):
     prompts = tiny.prompts([5, 9], seed=3)
     with engines.driven(trio(), max_batch_size=2, num_draft_tokens=3) as engine:
