@@ -232,14 +232,22 @@ def test_guidellm_sweeps(tmp_path):
     benchmarks = json.loads(report.read_text())["benchmarks"]
     kinds = [benchmark["config"]["strategy"]["type_"] for benchmark in benchmarks]
     assert kinds == ["synchronous", "throughput", *["constant"] * (RATES - 2)]
-    tokens = 0.0
+    assert counted(metrics, "request_success_total") == RATES * REQUESTS
+    requests, tokens = 0, 0.0
     for kind, benchmark in zip(kinds, benchmarks, strict=True):
         figures = benchmark["metrics"]
-        assert figures["request_totals"] == {"successful": REQUESTS, "incomplete": 0, "errored": 0, "total": REQUESTS}
+        totals = figures["request_totals"]
+        # On a busy machine guidellm 0.8.1 loses the report of a rate's last request: its collector stops at an idle
+        # moment once the count is full, whether or not that report has reached it. The server's counts are exact.
+        assert totals["successful"] in (REQUESTS - 1, REQUESTS)
+        assert totals["errored"] == totals["incomplete"] == 0
+        requests += totals["successful"]
         tokens += figures["output_token_count"]["successful"]["total_sum"]
-        rate = figures["requests_per_second"]["successful"]["mean"]
-        first = figures["time_to_first_token_ms"]["successful"]["mean"]
-        assert 0 < first < figures["request_latency"]["successful"]["mean"] * 1000  # streamed
-        print(f"{kind}: {rate:.2f} requests a second, first token after {first:.0f} ms")
-    assert counted(metrics, "request_success_total") == RATES * REQUESTS
-    assert counted(metrics, "generation_tokens_total") == tokens > RATES * REQUESTS
+        rate, first, latency = (
+            figures[name]["successful"]["mean"]
+            for name in ("requests_per_second", "time_to_first_token_ms", "request_latency")
+        )
+        assert 0 < first < latency * 1000  # streamed
+        print(f"{kind}: {totals['successful']} requests, {rate:.2f} a second, first token after {first:.0f} ms")
+    lost = RATES * REQUESTS - requests
+    assert lost <= counted(metrics, "generation_tokens_total") - tokens <= 48 * lost
