@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import os
@@ -17,11 +16,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from demo_fixtures import EXAMPLE_PROMPTS
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from specproxy import AlphaSchedule, Engine, cli, demo, options
+from specproxy import AlphaSchedule, Engine, cli, demo
 from specproxy.commands import generate as command
 from specproxy.commands.report import Comparison, print_report
 from specproxy.model import ProxyTunedModel
@@ -31,60 +30,11 @@ from specproxy.version import __version__
 from specproxy_kernels import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = {"arithmetic": "Add 2 and 3:", "python": "def add("}
-
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for every byte, and an end of text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({"<|end|>": 0} | {c: i for i, c in enumerate(alphabet, start=1)}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A tiny trio on disk, in the layout of the embedded one."""
-    path = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("base", "anti-expert", "expert-arithmetic", "expert-python")):
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=256,
-            initializer_range=0.2,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        LlamaForCausalLM(config).save_pretrained(path / name)
-        tokenizer.save_pretrained(path / name)
-    tokenizer.save_pretrained(path / "tokenizer")
-    tasks = {
-        task: {"expert": f"expert-{task}", "alpha": 0.5, "example_prompts": [text]} for task, text in EXAMPLES.items()
-    }
-    (path / "demo.json").write_text(json.dumps({"tasks": tasks}))
-    return path
-
-
 @pytest.fixture
-def tiny(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The tiny trio in place of the embedded one."""
-    monkeypatch.setattr(demo, "_MODELS", folder)
-    demo._description.cache_clear()
-    yield ProxyTunedModel.demo
-    demo._description.cache_clear()
-
-
-@pytest.fixture
-def run(tiny: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(tiny_demo: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Call the command line in this process; gives exit code, standard output and standard error."""
 
     def call(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
@@ -135,10 +85,10 @@ def test_version_and_help(run: Run) -> None:
     )
 
 
-def test_greedy_text_is_what_generate_gives(run: Run, tiny: Any) -> None:
+def test_greedy_text_is_what_generate_gives(run: Run, tiny_demo: Any) -> None:
     code, out, err = run(*SHORT, "Hello")
     assert (code, err) == (0, "")
-    assert out == expected(tiny(dtype=torch.float64), "Hello") + "\n"
+    assert out == expected(tiny_demo(dtype=torch.float64), "Hello") + "\n"
 
 
 @pytest.mark.parametrize("drafts", ["0", "1", "7", "auto"])
@@ -156,11 +106,11 @@ def test_coupled_samples_do_not_depend_on_speculation(run: Run) -> None:
     assert texts != {run(*sampled[:-3], "6", *sampled[-2:])[1]}
 
 
-def test_without_a_prompt_an_example_is_shown_and_continued(run: Run, tiny: Any) -> None:
-    for task, text in EXAMPLES.items():
+def test_without_a_prompt_an_example_is_shown_and_continued(run: Run, tiny_demo: Any) -> None:
+    for task, text in EXAMPLE_PROMPTS.items():
         code, out, err = run(*SHORT, "--demo", task)
         assert (code, err) == (0, f"prompt: {text}\n")
-        assert out == expected(tiny(task, dtype=torch.float64), text) + "\n"
+        assert out == expected(tiny_demo(task, dtype=torch.float64), text) + "\n"
 
 
 def test_prompt_from_standard_input_and_file(run: Run, tmp_path: Path) -> None:
@@ -191,7 +141,7 @@ def test_json_keeps_standard_output_free_of_all_else(run: Run, monkeypatch: pyte
     monkeypatch.setattr(ProxyTunedModel, "generate", talkative)
     code, out, err = run(*SHORT, "--json", "--stats")
     assert code == 0 and set(json.loads(out)) == {"text", "speculation"}
-    assert "a library speaks" in err and "acceptance rate" in err and EXAMPLES["arithmetic"] in err
+    assert "a library speaks" in err and "acceptance rate" in err and EXAMPLE_PROMPTS["arithmetic"] in err
 
 
 def test_stream_prints_the_same_text(run: Run, seen: list[dict[str, Any]]) -> None:
@@ -255,34 +205,36 @@ def test_dtype_and_device(run: Run, seen: list[dict[str, Any]]) -> None:
     assert [call["model"].dtype for call in seen] == [torch.bfloat16, torch.float32]
 
 
-def test_models_of_ones_own(run: Run, folder: Path, tiny: Any) -> None:
+def test_models_of_ones_own(run: Run, demo_folder: Path, tiny_demo: Any) -> None:
     names = ("--base", "base", "--expert", "expert-python", "--anti-expert", "anti-expert")
-    own = [str(folder / name) if number % 2 else name for number, name in enumerate(names)]
+    own = [str(demo_folder / name) if number % 2 else name for number, name in enumerate(names)]
     code, out, err = run(*SHORT, "Hello", *own)
     assert (code, err) == (0, "")
-    assert out == expected(tiny("python", dtype=torch.float64), "Hello", alpha=1.0) + "\n"
+    assert out == expected(tiny_demo("python", dtype=torch.float64), "Hello", alpha=1.0) + "\n"
     assert run(*SHORT, "Hello", *own, "--device", "cpu")[:2] == (0, out)
 
 
-def test_an_expert_alone(run: Run, folder: Path, tiny: Any) -> None:
-    names = ("--base", str(folder / "base"), "--expert", str(folder / "expert-python"))
+def test_an_expert_alone(run: Run, demo_folder: Path, tiny_demo: Any) -> None:
+    names = ("--base", str(demo_folder / "base"), "--expert", str(demo_folder / "expert-python"))
     code, out, err = run(*SHORT, "Hello", *names, "--alpha", "0.5")
     assert (code, err) == (0, "note: without --anti-expert the expert's logits are added as they are.\n")
-    trio = tiny("python", dtype=torch.float64)
+    trio = tiny_demo("python", dtype=torch.float64)
     lone = ProxyTunedModel(trio.base, trio.expert, tokenizer=trio.tokenizer)
     assert out == expected(lone, "Hello", alpha=0.5) + "\n"
     code, out, _ = run("check", *names)
     assert code == 0 and "which is not proxy-tuning" in " ".join(out.split())
-    assert run("vllm-config", *names, "--out", str(folder / "out"))[2].startswith("error: the anti_expert is missing")
+    assert run("vllm-config", *names, "--out", str(demo_folder / "out"))[2].startswith(
+        "error: the anti_expert is missing"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_an_adapter_as_the_expert(run: Run, folder: Path, tmp_path: Path) -> None:
-    small = LlamaForCausalLM.from_pretrained(folder / "anti-expert")
+def test_an_adapter_as_the_expert(run: Run, demo_folder: Path, tmp_path: Path) -> None:
+    small = LlamaForCausalLM.from_pretrained(demo_folder / "anti-expert")
     expert = peft.get_peft_model(small, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, r=1))
     expert.save_pretrained(tmp_path / "adapter")
     expert.merge_and_unload().save_pretrained(tmp_path / "merged")
-    names = ("--base", str(folder / "base"), "--anti-expert", str(folder / "anti-expert"))
+    names = ("--base", str(demo_folder / "base"), "--anti-expert", str(demo_folder / "anti-expert"))
     adapter, merged = (("--expert", str(tmp_path / name)) for name in ("adapter", "merged"))
     code, out, err = run(*SHORT, "Hello", *names, *adapter)
     assert (code, err) == (0, "") and out == run(*SHORT, "Hello", *names, *merged)[1]
@@ -291,7 +243,7 @@ def test_an_adapter_as_the_expert(run: Run, folder: Path, tmp_path: Path) -> Non
     assert "adapter, and the composite holds" in run("vllm-config", *names, *adapter, "--out", str(tmp_path / "out"))[2]
 
 
-def test_a_token_tree(run: Run, tiny: Any) -> None:
+def test_a_token_tree(run: Run, tiny_demo: Any) -> None:
     """The same text from fewer cycles; refused where no drafts are compared."""
     coupled = ("--acceptance", "coupled", "--temperature", "1", "--seed", "3")
     chain = run(*SHORT, "Hello", *coupled, "--json")
@@ -303,7 +255,7 @@ def test_a_token_tree(run: Run, tiny: Any) -> None:
     )
 
 
-def test_speed_with_a_tree_or_a_drafter(run: Run, tiny: Any, seen: list[dict[str, Any]]) -> None:
+def test_speed_with_a_tree_or_a_drafter(run: Run, tiny_demo: Any, seen: list[dict[str, Any]]) -> None:
     """The per-step side of the comparison has neither."""
     for further in (("--num-tree-tokens", "12"), ("--drafter", "lookup")):
         seen.clear()
@@ -313,11 +265,11 @@ def test_speed_with_a_tree_or_a_drafter(run: Run, tiny: Any, seen: list[dict[str
         assert per_step and not any({"num_tree_tokens", "drafter"} & set(call) for call in per_step)
 
 
-def test_an_assistant(run: Run, folder: Path, tiny: Any, seen: list[dict[str, Any]]) -> None:
+def test_an_assistant(run: Run, demo_folder: Path, tiny_demo: Any, seen: list[dict[str, Any]]) -> None:
     """A fourth model drafts, beside models of one's own and beside the embedded trio, and changes no token."""
-    assistant = ("--assistant", str(folder / "expert-python"), "--drafter", "assistant")
+    assistant = ("--assistant", str(demo_folder / "expert-python"), "--drafter", "assistant")
     names = ("--base", "base", "--expert", "expert-arithmetic", "--anti-expert", "anti-expert")
-    own = [str(folder / name) if number % 2 else name for number, name in enumerate(names)]
+    own = [str(demo_folder / name) if number % 2 else name for number, name in enumerate(names)]
     for trio in ((), own):
         plain = run(*SHORT, "Hello", *trio)[1]
         code, out, err = run(*SHORT, "Hello", *trio, *assistant)
@@ -327,7 +279,7 @@ def test_an_assistant(run: Run, folder: Path, tiny: Any, seen: list[dict[str, An
     assert json.loads(out)["speculation"]["drafters"]["assistant"]["num_draft_tokens"] > 0
 
 
-def test_a_corpus_to_copy_from(run: Run, tiny: Any, tmp_path: Path, seen: list[dict[str, Any]]) -> None:
+def test_a_corpus_to_copy_from(run: Run, tiny_demo: Any, tmp_path: Path, seen: list[dict[str, Any]]) -> None:
     plain = run(*SHORT, "Hello")[1]
     (tmp_path / "known.txt").write_text(f"Hello{plain}", encoding="utf-8")
     (tmp_path / "other.txt").write_text("Something else.", encoding="utf-8")
@@ -357,8 +309,8 @@ def test_a_corpus_to_copy_from(run: Run, tiny: Any, tmp_path: Path, seen: list[d
 )
 def test_drafters_of_a_server(
     run: Run,
-    tiny: Any,
-    folder: Path,
+    tiny_demo: Any,
+    demo_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     options: tuple[str, ...],
@@ -370,7 +322,7 @@ def test_drafters_of_a_server(
     monkeypatch.setattr("specproxy.server.logs.configure", lambda level: None)
     plain = run(*SHORT, "Hello")[1]
     (tmp_path / "known.txt").write_text(f"Hello{plain}", encoding="utf-8")
-    places = {"known.txt": tmp_path, "expert-python": folder}
+    places = {"known.txt": tmp_path, "expert-python": demo_folder}
     code, _, err = run("serve", "--dtype=float64", *(str(places[o] / o) if o in places else o for o in options))
     assert code == 0, err
     with served[0] as engine:
@@ -380,24 +332,24 @@ def test_drafters_of_a_server(
         assert set(engine.stats().speculation.drafters) == {drafter}
 
 
-def test_a_tokenizer_that_lies_elsewhere(run: Run, folder: Path, tiny: Any, tmp_path: Path) -> None:
-    shutil.copytree(folder / "base", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
-    names = ("--base", str(tmp_path / "bare"), "--expert", str(folder / "expert-python"))
+def test_a_tokenizer_that_lies_elsewhere(run: Run, demo_folder: Path, tiny_demo: Any, tmp_path: Path) -> None:
+    shutil.copytree(demo_folder / "base", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    names = ("--base", str(tmp_path / "bare"), "--expert", str(demo_folder / "expert-python"))
     assert run(*SHORT, "Hello", *names)[2].endswith(
         f"no tokenizer was found beside --base={names[1]}; text needs one.\n"
     )
-    code, out, _ = run(*SHORT, "Hello", *names, "--tokenizer", str(folder / "tokenizer"))
-    trio = tiny("python", dtype=torch.float64)
+    code, out, _ = run(*SHORT, "Hello", *names, "--tokenizer", str(demo_folder / "tokenizer"))
+    trio = tiny_demo("python", dtype=torch.float64)
     assert (code, out) == (
         0,
         expected(ProxyTunedModel(trio.base, trio.expert, tokenizer=trio.tokenizer), "Hello") + "\n",
     )
 
 
-def test_a_strength_that_changes(run: Run, tiny: Any) -> None:
+def test_a_strength_that_changes(run: Run, tiny_demo: Any) -> None:
     code, out, _ = run(*SHORT, "Hello", "--alpha", "3", "--alpha-cutoff", "4", "--alpha-half-life", "2")
     schedule = AlphaSchedule(cutoff=4, half_life=2)
-    model = tiny(dtype=torch.float64)
+    model = tiny_demo(dtype=torch.float64)
     assert code == 0 and out == expected(model, "Hello", alpha=3.0, alpha_schedule=schedule) + "\n"
     assert out != expected(model, "Hello", alpha=3.0) + "\n"
 
@@ -476,8 +428,8 @@ def test_prompt_that_is_not_text(run: Run, tmp_path: Path) -> None:
         assert (code, out) == (2, "") and err.startswith("error: the prompt is not UTF-8 text")
 
 
-def test_a_model_that_fails_is_an_error(run: Run, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = tiny()
+def test_a_model_that_fails_is_an_error(run: Run, tiny_demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tiny_demo()
     with torch.no_grad():
         broken.base.lm_head.weight.fill_(float("nan"))
     monkeypatch.setattr(ProxyTunedModel, "demo", lambda task, **kwargs: broken)
@@ -575,110 +527,14 @@ def test_ratio_is_the_median_of_pairs() -> None:
     assert Comparison([10.0, 30.0, 8.0], [5.0, 10.0, 8.0], None).ratio == 2.0
 
 
-def test_pieces_hold_back_unfinished_characters(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_pieces_hold_back_unfinished_characters(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     text = "aé€ 😀b"
-    ids = tokenizer(text).input_ids
-    pieces = split_tokens(tokenizer, ids)
+    ids = byte_tokenizer(text).input_ids
+    pieces = split_tokens(byte_tokenizer, ids)
     assert pieces == ["a", "", "é", "", "", "€", " ", "", "", "", "😀", "b"]
-    assert split_tokens(tokenizer, [*ids, tokenizer.eos_token_id]) == [*pieces, ""]
-    assert "".join(split_tokens(tokenizer, ids[:2])) == tokenizer.decode(ids[:2])  # cut inside a character
-    assert split_tokens(tokenizer, []) == []
-
-
-# What README.md shows.
-
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES_OF_README = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-@pytest.mark.parametrize("number", range(len(EXAMPLES_OF_README)))
-def test_readme_example_runs(
-    tiny: Any, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    example = EXAMPLES_OF_README[number]
-    for placeholder, name in (("large-base", "base"), ("small-tuned", "expert-python"), ("small-base", "anti-expert")):
-        example = example.replace(f"path/or/name/of-{placeholder}", str(folder / name))
-    scope: dict[str, Any] = {}
-    exec(example, scope)
-    lines = capsys.readouterr().out.splitlines()
-    if number == 0:
-        rate, length = map(float, lines[-1].split())
-        assert lines[0].startswith("Question:") and 0 <= rate <= 1 <= length <= 5
-    elif "of-large-base" in EXAMPLES_OF_README[number]:
-        assert scope["model"].dtype == torch.bfloat16
-    elif "reply" in scope:
-        assert lines[-1].split()[0] == "4" and len(scope["reply"].messages) == 4
-    elif "contrast" in scope:
-        assert len(lines) >= 3 and scope["early"].shape == scope["away"].shape == (1, scope["ids"].shape[1] + 24)
-    elif "tuned" in scope:
-        assert scope["model"].expert is scope["tuned"] and len(lines) >= 1
-    elif "both" in scope:
-        assert len(scope["both"].generate(scope["ids"], max_new_tokens=2)) == 2
-    elif "streamer" in scope:
-        assert {"0 is complete", "1 is complete"} <= set(lines)
-    elif "pipe" in scope:
-        assert lines[-1].count("generated_text") == 2
-    elif "engine" in scope:
-        assert lines[-1].split()[0] in ("stop", "length")
-        for prompt, handle in zip(scope["prompts"], (scope["first"], scope["second"]), strict=True):
-            ids = scope["model"].tokenizer(prompt, return_tensors="pt").input_ids
-            alone = scope["model"].generate(ids, max_new_tokens=32)[0, ids.shape[1] :].tolist()
-            assert handle.result().tokens == alone
-    elif "LookupCorpus" in example:
-        accepted, same = lines[-1].split()
-        assert int(accepted) > 20 and same == "True"
-    elif "speculation.windows" in example:
-        assert len(lines) == 1 and sum(scope["out"].speculation.windows["expert"].values()) >= 1
-    elif "num_tree_tokens" in example:
-        assert lines[0] == "True"
-        chain, tree = map(float, lines[1].split())
-        assert 1 <= chain < tree <= 5
-    elif "cuda_graphs" in example:
-        captured = scope["model"].generate(scope["ids"], max_new_tokens=32, num_draft_tokens=4)
-        assert torch.equal(scope["output"], captured)
-    else:
-        trio, out = scope["trio"], scope["out"]
-        arguments = {"seed": 1, "do_sample": True, "acceptance": "coupled"} if "method" in scope else {}
-        arguments = arguments or {"stop_strings": ["\n\n"]}
-        assert torch.equal(out, trio.generate(**scope["inputs"], max_new_tokens=48, **arguments))
-
-
-def test_readme_has_every_kind_of_example() -> None:
-    assert len(EXAMPLES_OF_README) == 15
-    kinds = (
-        "from_pretrained",
-        "chat(",
-        "further_pairs",
-        "AlphaSchedule",
-        "num_tree_tokens",
-        "corpus.add(",
-        "get_peft_model",
-        "RowStreamer",
-        "Engine(",
-        "custom_generate(",
-        "pipeline(",
-        "speculation.windows",
-        "cuda_graphs",
-    )
-    for name in kinds:
-        assert sum(name in example for example in EXAMPLES_OF_README) == 1, name
-
-
-@pytest.mark.parametrize("command", ["generate", "chat", "check"])
-def test_readme_names_options_that_exist(run: Run, command: str) -> None:
-    lines = re.findall(rf"specproxy {command} .*", README)
-    _, out, _ = run(command, "--help")
-    assert len(lines) >= 1
-    assert {option for line in lines for option in re.findall(r"--[a-z-]+", line)} <= set(re.findall(r"--[a-z-]+", out))
-
-
-def test_readme_names_every_argument() -> None:
-    """What is taken and what is refused, from the code that decides it."""
-    names = {*options._FROM_CONFIG, *options._CALLABLES, *options._REFUSED} - {"low_memory", "synced_gpus"}
-    names |= set(inspect.signature(ProxyTunedModel.generate).parameters) - {"self", "transformers_arguments"}
-    assert [name for name in sorted(names - {"use_model_defaults"}) if not re.search(rf"`{name}[`=]", README)] == []
+    assert split_tokens(byte_tokenizer, [*ids, byte_tokenizer.eos_token_id]) == [*pieces, ""]
+    assert "".join(split_tokens(byte_tokenizer, ids[:2])) == byte_tokenizer.decode(ids[:2])  # cut inside a character
+    assert split_tokens(byte_tokenizer, []) == []
 
 
 # The program as it is started.
