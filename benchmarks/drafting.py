@@ -19,7 +19,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,14 +31,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from benchmarks.command import run_command
 from benchmarks.decoders import Decode, Options, speculative
-from benchmarks.measure import machine
-from benchmarks.prompts import demo_prompts, load_prompts, repetitive_prompts
+from benchmarks.measure import conditions
+from benchmarks.prompts import repetitive_prompts
 from benchmarks.rules import coupled_bound, tokens_a_cycle_ratio
 from benchmarks.runs import pad_batches, summarise, take_turns
 from benchmarks.tables import require_matplotlib
-from benchmarks.trios import add_trio_arguments, check_trio, load_trio, quiet
-from specproxy import ProxyTunedModel, SpecProxyError
+from benchmarks.trios import add_trio_arguments, check_trio, load_trio, prompt_texts, quiet
+from specproxy import ProxyTunedModel
 from specproxy.config import DRAFTER_NAMES, SamplingParameters, SpeculationParameters
 from specproxy_kernels import RULES
 
@@ -75,12 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error, which stands on standard error in one line.
     """
-    try:
-        print(json.dumps(measured(arguments)))
-    except (SpecProxyError, ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(measured, arguments)
 
 
 def measured(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -104,8 +99,7 @@ def measured(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             name = demo or ("arithmetic" if options.base is None else str(options.base))
             laws = [_measure_law(model, prompts, t, trees, options, name, console) for t in options.temperatures]
             record["trios"].append({"trio": name, "alpha": model.alpha, "num_prompts": len(prompts), "laws": laws})
-    record["arguments"] = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
-    record["machine"] = machine(model.device)
+    record |= conditions(options, model.device)
     _print_tables(record, console)
     if options.plot is not None:
         _plot(record, options.plot)
@@ -181,11 +175,7 @@ def _load(options: argparse.Namespace) -> ProxyTunedModel:
 
 
 def _texts(options: argparse.Namespace) -> list[str]:
-    if options.prompts is not None:
-        return load_prompts(options.prompts, options.template)[: options.num_prompts]
-    if options.repetitive:
-        return repetitive_prompts(options.num_prompts)
-    return demo_prompts(options.demo or "arithmetic", options.num_prompts)
+    return repetitive_prompts(options.num_prompts) if options.repetitive else prompt_texts(options)
 
 
 def _ways(temperature: float, trees: list[tuple[int, int]], options: argparse.Namespace) -> list[Way]:

@@ -19,7 +19,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,14 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees it
 import torch
 from rich.console import Console
 
+from benchmarks.command import run_command
 from benchmarks.decoders import Options, make_decoders
 from benchmarks.grow import cost_parameters
-from benchmarks.measure import machine
-from benchmarks.prompts import demo_prompts, load_prompts
+from benchmarks.measure import conditions
 from benchmarks.runs import pad_batches, summarise, take_turns
 from benchmarks.tables import plot, print_tables, require_matplotlib
-from benchmarks.trios import add_trio_arguments, check_trio, load_trio, quiet
-from specproxy import ProxyTunedModel, SpecProxyError
+from benchmarks.trios import add_trio_arguments, check_trio, load_trio, prompt_texts, quiet
+from specproxy import ProxyTunedModel
 from specproxy.config import SamplingParameters, SpeculationParameters
 
 __all__ = ["main", "measured"]
@@ -49,12 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error, which stands on standard error in one line.
     """
-    try:
-        print(json.dumps(measured(arguments)))
-    except (SpecProxyError, ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(measured, arguments)
 
 
 def measured(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -124,12 +118,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     console = Console(stderr=True)
     with quiet():
         model = load_trio(options)
-        texts = (
-            load_prompts(options.prompts, options.template)[: options.num_prompts]
-            if options.prompts is not None
-            else demo_prompts(options.demo or "arithmetic", options.num_prompts)
-        )
-        prompts = [model.tokenizer(text).input_ids for text in texts]
+        prompts = [model.tokenizer(text).input_ids for text in prompt_texts(options)]
         record: dict[str, Any] = {
             "models": {role: _described(getattr(model, role)) for role in ("base", "expert", "anti_expert")},
             "parameter_ratio": cost_parameters(model.expert) / cost_parameters(model.base),
@@ -137,10 +126,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "num_prompts": len(prompts),
             "batches": [_measure_batch(model, prompts, size, options, console) for size in options.batch_sizes],
         }
-    record["arguments"] = {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
-    }
-    record["machine"] = machine(model.device)
+    record |= conditions(options, model.device)
     print_tables(console, record)
     if options.plot is not None:
         plot(record, options.plot)

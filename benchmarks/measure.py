@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import resource
 import sys
@@ -18,7 +19,16 @@ import transformers
 
 from specproxy import __version__
 
-__all__ = ["Forward", "ForwardClock", "Stopwatch", "machine", "paired_ratio", "peak_memory", "synchroniser"]
+__all__ = [
+    "Forward",
+    "ForwardClock",
+    "Stopwatch",
+    "conditions",
+    "machine",
+    "paired_ratio",
+    "peak_memory",
+    "synchroniser",
+]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -31,6 +41,12 @@ def machine(device: torch.device) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "specproxy": __version__,
     }
+
+
+def conditions(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What a record says of how it was made: ``arguments``, ready for JSON, and ``machine``."""
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    return {"arguments": arguments, "machine": machine(device)}
 
 
 def synchroniser(device: torch.device) -> Callable[[], None]:

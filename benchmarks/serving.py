@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import statistics
 import sys
@@ -33,11 +32,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.calibrate import step_seconds
-from benchmarks.measure import machine, paired_ratio
-from benchmarks.prompts import demo_prompts, load_prompts
+from benchmarks.command import run_command
+from benchmarks.measure import conditions, paired_ratio
 from benchmarks.tables import require_matplotlib
-from benchmarks.trios import add_trio_arguments, check_trio, load_trio, quiet
-from specproxy import Engine, ProxyTunedModel, SpecProxyError
+from benchmarks.trios import add_trio_arguments, check_trio, load_trio, prompt_texts, quiet
+from specproxy import Engine, ProxyTunedModel
 from specproxy.config import SpeculationParameters
 from specproxy.engine import RequestOutput
 
@@ -79,14 +78,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error, which stands on standard error in one line.
     """
+    return run_command(measured, arguments)
+
+
+def measured(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """What the command prints: measured as its arguments say.
+
+    Raises:
+        ValueError: for arguments that do not fit together.
+        SpecProxyError: from the models.
+    """
     options = _parser().parse_args(arguments)
-    try:
-        _check(options)
-        print(json.dumps(measure(options)))
-    except (SpecProxyError, ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    _check(options)
+    return measure(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -271,12 +275,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, int | str] = {PER_STEP: 0} | {f"draft_{n}": n for n in options.num_draft_tokens}
     with quiet():
         model = load_trio(options)
-        texts = (
-            load_prompts(options.prompts, options.template)[: options.num_prompts]
-            if options.prompts is not None
-            else demo_prompts(options.demo or "arithmetic", options.num_prompts)
-        )
-        prompts = [model.tokenizer(text).input_ids for text in texts]
+        prompts = [model.tokenizer(text).input_ids for text in prompt_texts(options)]
         expert, base = step_seconds([model.expert, model.base])
         record: dict[str, Any] = {"cost_ratio": expert / base, "alpha": model.alpha, "num_prompts": len(prompts)}
         with Progress(console=console, transient=True) as progress:
@@ -284,8 +283,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             record["loads"] = [
                 _measure_load(model, prompts, load, settings, options, lambda: progress.advance(bar)) for load in loads
             ]
-    record["arguments"] = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
-    record["machine"] = machine(model.device)
+    record |= conditions(options, model.device)
     _print_table(console, record)
     if options.plot is not None:
         _plot(record, options.plot)

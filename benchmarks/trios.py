@@ -13,10 +13,10 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.calibrate import grow_to_time_ratio
 from benchmarks.grow import SHAPES, grow, grow_to_cost_ratio, parse_shape
-from benchmarks.prompts import QUESTION
+from benchmarks.prompts import QUESTION, demo_prompts, load_prompts
 from specproxy import ProxyTunedModel
 
-__all__ = ["add_trio_arguments", "check_trio", "load_trio", "quiet"]
+__all__ = ["add_trio_arguments", "check_trio", "load_trio", "prompt_texts", "quiet"]
 
 
 def add_trio_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,3 +121,10 @@ def _grown(model: ProxyTunedModel, options: argparse.Namespace) -> ProxyTunedMod
         base = grow_to_cost_ratio(base, expert, options.cost_ratio, depth_only=depth_only)
     alpha = model.alpha if options.alpha is None else options.alpha
     return ProxyTunedModel(base, expert, anti_expert, model.tokenizer, alpha)
+
+
+def prompt_texts(options: argparse.Namespace) -> list[str]:
+    """The prompts of ``--prompts``, or of the embedded task: ``--num-prompts`` at most."""
+    if options.prompts is not None:
+        return load_prompts(options.prompts, options.template)[: options.num_prompts]
+    return demo_prompts(options.demo or "arithmetic", options.num_prompts)

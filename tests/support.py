@@ -9,6 +9,7 @@ from typing import Any
 import oracle
 import tiny
 import torch
+from transformers import LogitsProcessor
 
 #: Fills padded prompt columns: an ordinary id, so that padding which is read by mistake changes the text.
 FILLER = tiny.VOCAB_SIZE - 1
@@ -113,3 +114,12 @@ class Recorder:
     def ids(self, start: int = 0) -> list[int]:
         """All ids from one chunk on, flattened."""
         return [int(token) for chunk in self.chunks[start:] for token in chunk.flatten()]
+
+
+class FavourOdd(LogitsProcessor):
+    """A processor of the caller's own: cycles need the host for it, and its results reach kernels as dense rows."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.clone()
+        scores[:, 1::2] += 0.5 + 0.1 * (input_ids.shape[1] % 3)
+        return scores

@@ -16,28 +16,21 @@ from specproxy import ProxyTunedModel
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny trio, an assistant, a tokenizer and prompts on disk."""
-    path = tmp_path_factory.mktemp("trio")
-    trio = tiny.make_trio("llama")
-    for name, model in (("base", trio.base), ("expert", trio.expert), ("anti-expert", trio.anti_expert)):
-        model.save_pretrained(path / name)
-    tiny.tiny_tokenizer().save_pretrained(path / "base")
-    (path / "prompts.jsonl").write_text('{"prompt": "w5 w9 w30 w5 w9 w30"}\n{"prompt": "w7 w3 w7 w3 w7"}\n')
-    return path
+def trio(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A tiny trio and prompts on disk, as arguments."""
+    return tiny.save_trio(tmp_path_factory.mktemp("trio"), ["w5 w9 w30 w5 w9 w30", "w7 w3 w7 w3 w7"])
 
 
-def command(folder: Path, *more: str) -> list[str]:
-    roles = [part for role in ("base", "expert", "anti-expert") for part in (f"--{role}", str(folder / role))]
+def command(trio: list[str], *more: str) -> list[str]:
     sizes = ["--max-new-tokens", "8", "--repeats", "1", "--ignore-eos", "--dtype", "float64"]
-    return [*roles, "--prompts", str(folder / "prompts.jsonl"), *sizes, *more]
+    return [*trio, *sizes, *more]
 
 
-def test_every_way_of_drafting_in_one_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ways = ["--drafters", "expert", "lookup", "cascade", "assistant", "--assistant", str(folder / "anti-expert")]
+def test_every_way_of_drafting_in_one_run(trio: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ways = ["--drafters", "expert", "lookup", "cascade", "assistant", "--assistant", trio[5]]
     rules = ["--rules", "rejection", "block", "coupled", "--trees", "2x5"]
     arguments = [*ways, *rules, "--num-draft-tokens", "3", "auto", "--plot", str(tmp_path / "chart.png")]
-    assert drafting.main(command(folder, *arguments)) == 0
+    assert drafting.main(command(trio, *arguments)) == 0
     captured = capsys.readouterr()
     assert captured.out.count("\n") == 1
     (trio,) = json.loads(captured.out)["trios"]
@@ -70,8 +63,8 @@ def test_every_way_of_drafting_in_one_run(folder: Path, tmp_path: Path, capsys: 
         (["--repeats", "0"], "at least 1"),
     ],
 )
-def test_refusals(folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert drafting.main(command(folder, *arguments)) == 2
+def test_refusals(trio: list[str], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert drafting.main(command(trio, *arguments)) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and message in captured.err
 

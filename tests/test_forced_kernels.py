@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 from kernels.interpreter import quick_interpreter
-from support import PAD, role_prompts
+from support import PAD, FavourOdd, role_prompts
 from toy_grammar import END, Steps
-from transformers import LogitsProcessor
 
 from specproxy import ProxyTunedModel
 
@@ -22,15 +20,6 @@ pytest.importorskip("triton", reason="Triton is published for Linux on x86-64 an
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
 
 PROMPTS = role_prompts([3, 9, 1], seed=31)
-
-
-class FavourOdd(LogitsProcessor):
-    """A processor of the caller's own: what it returns reaches the kernels as dense rows."""
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores = scores.clone()
-        scores[:, 1::2] += 0.5 + 0.1 * (input_ids.shape[1] % 3)
-        return scores
 
 
 LAWS: dict[str, dict[str, Any]] = {

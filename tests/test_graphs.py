@@ -12,10 +12,9 @@ import pytest
 import tiny
 import torch
 from kernels.interpreter import quick_interpreter
-from support import PAD, role_prompts
+from support import PAD, FavourOdd, role_prompts
 from tape import CaptureError, TapeBackend
 from test_lora import pair
-from transformers import LogitsProcessor
 
 import specproxy.cache
 import specproxy.trio
@@ -31,15 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|ov
 
 PROMPTS = role_prompts([3, 9, 1], seed=31)
 OWN = role_prompts([3, 9, 1], [8, 2, 11], [4, 10, 1], seed=22)
-
-
-class FavourOdd(LogitsProcessor):
-    """A processor of the caller's own, for which a cycle needs the host."""
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores = scores.clone()
-        scores[:, 1::2] += 0.5 + 0.1 * (input_ids.shape[1] % 3)
-        return scores
 
 
 LAWS: dict[str, dict[str, Any]] = {

@@ -179,26 +179,19 @@ def test_a_step_takes_time() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny trio, its tokenizer and prompts on disk."""
-    path = tmp_path_factory.mktemp("trio")
-    trio = tiny.make_trio("llama")
-    for name, model in (("base", trio.base), ("expert", trio.expert), ("anti-expert", trio.anti_expert)):
-        model.save_pretrained(path / name)
-    tiny.tiny_tokenizer().save_pretrained(path / "base")
-    (path / "prompts.jsonl").write_text('{"prompt": "w5 w9 w30"}\n{"prompt": "w7 w3 w3 w21 w8"}\n')
-    return path
+def trio(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A tiny trio and prompts on disk, as arguments."""
+    return tiny.save_trio(tmp_path_factory.mktemp("trio"), ["w5 w9 w30", "w7 w3 w3 w21 w8"])
 
 
-def command(folder: Path, *more: str) -> list[str]:
-    roles = [part for role in ("base", "expert", "anti-expert") for part in (f"--{role}", str(folder / role))]
-    return [*roles, "--prompts", str(folder / "prompts.jsonl"), "--max-new-tokens", "8", "--repeats", "2", *more]
+def command(trio: list[str], *more: str) -> list[str]:
+    return [*trio, "--max-new-tokens", "8", "--repeats", "2", *more]
 
 
-def test_command_end_to_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_end_to_end(trio: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--cost-ratio", "0.2", "--cost-by", "parameters", "--dtype", "float64", "--batch-sizes", "1", "2"]
     drafts = ["--num-draft-tokens", "3", "auto", "--acceptance", "rejection", "block", "--ignore-eos"]
-    assert latency.main(command(folder, *arguments, *drafts)) == 0
+    assert latency.main(command(trio, *arguments, *drafts)) == 0
     captured = capsys.readouterr()
     assert captured.out.count("\n") == 1
     record = json.loads(captured.out)
@@ -227,9 +220,9 @@ def test_command_end_to_end(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "draft_3_rejection" in captured.err
 
 
-def test_command_with_sampling_and_a_shape(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_with_sampling_and_a_shape(trio: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--base-shape", "layers=4,vocab=64", "--pair-shape", "feed_forward=64", "--do-sample", "--top-k", "9"]
-    assert latency.main(command(folder, *arguments, "--skip", "plain", "expert")) == 0
+    assert latency.main(command(trio, *arguments, "--skip", "plain", "expert")) == 0
     batch = json.loads(capsys.readouterr().out)["batches"][0]
     # Transformers' assisted decoding wants equal vocabularies, and the base's has grown.
     assert set(batch["decoders"]) == {"per_step", "draft_4_rejection", "base_runtime", "base_generate"}
@@ -249,15 +242,15 @@ def test_command_with_sampling_and_a_shape(folder: Path, capsys: pytest.CaptureF
         (["--repeats", "0"], "at least 1"),
     ],
 )
-def test_refusals(folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert latency.main(command(folder, *arguments)) == 2
+def test_refusals(trio: list[str], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert latency.main(command(trio, *arguments)) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and message in captured.err
 
 
 def test_plot_without_matplotlib_says_how_to_get_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trio: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert latency.main(command(folder, "--plot", "chart.png")) == 2
+    assert latency.main(command(trio, "--plot", "chart.png")) == 2
     assert "specproxy[bench]" in capsys.readouterr().err

@@ -63,24 +63,17 @@ def test_figures_of_made_up_runs() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny trio, its tokenizer and prompts on disk."""
-    path = tmp_path_factory.mktemp("trio")
-    trio = tiny.make_trio("llama")
-    for name, model in (("base", trio.base), ("expert", trio.expert), ("anti-expert", trio.anti_expert)):
-        model.save_pretrained(path / name)
-    tiny.tiny_tokenizer().save_pretrained(path / "base")
-    (path / "prompts.jsonl").write_text('{"prompt": "w5 w9 w30"}\n{"prompt": "w7 w3 w3 w21 w8"}\n')
-    return path
+def trio(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A tiny trio and prompts on disk, as arguments."""
+    return tiny.save_trio(tmp_path_factory.mktemp("trio"), ["w5 w9 w30", "w7 w3 w3 w21 w8"])
 
 
-def command(folder: Path, *more: str) -> list[str]:
-    roles = [part for role in ("base", "expert", "anti-expert") for part in (f"--{role}", str(folder / role))]
-    return [*roles, "--prompts", str(folder / "prompts.jsonl"), "--num-requests", "5", "--max-new-tokens", "6", *more]
+def command(trio: list[str], *more: str) -> list[str]:
+    return [*trio, "--num-requests", "5", "--max-new-tokens", "6", *more]
 
 
 def test_command_end_to_end(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    trio: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # The tiny vocabulary is smaller than the context that a step is timed behind.
     monkeypatch.setattr(serving, "step_seconds", lambda models: [1.0, 10.0])
@@ -99,7 +92,7 @@ def test_command_end_to_end(
         "--plot",
         str(chart),
     ]
-    assert serving.main(command(folder, *arguments)) == 0
+    assert serving.main(command(trio, *arguments)) == 0
     captured = capsys.readouterr()
     assert captured.out.count("\n") == 1 and chart.stat().st_size > 0
     record = json.loads(captured.out)
@@ -130,7 +123,7 @@ def test_command_end_to_end(
         (["--demo", "python"], "or --demo"),
     ],
 )
-def test_refusals(folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert serving.main(command(folder, *arguments)) == 2
+def test_refusals(trio: list[str], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert serving.main(command(trio, *arguments)) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and message in captured.err

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -495,3 +497,23 @@ def tiny_tokenizer(
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
     )
+
+
+def save_trio(folder: Path, prompts: list[str]) -> list[str]:
+    """A trio, its tokenizer and prompts on disk.
+
+    Args:
+        folder: gets a folder for each role, the tokenizer beside the base, and `prompts.jsonl`.
+        prompts: words of `tiny_tokenizer`.
+
+    Returns:
+        The arguments by which a benchmark's command line takes them.
+    """
+    trio = make_trio("llama")
+    arguments = []
+    for name, model in (("base", trio.base), ("expert", trio.expert), ("anti-expert", trio.anti_expert)):
+        model.save_pretrained(folder / name)
+        arguments += [f"--{name}", str(folder / name)]
+    tiny_tokenizer().save_pretrained(folder / "base")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    return [*arguments, "--prompts", str(folder / "prompts.jsonl")]
