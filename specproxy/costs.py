@@ -1,7 +1,7 @@
 """What forwards cost: running estimates from measured times, by what ran, how many rows and how wide a window.
 
-A time is the median of the last few, so that a spike counts as one voice. Between and beyond measured widths a line is
-drawn through them. Until two widths are known its slope is assumed, in favour of what has not been tried: wider windows
+A time is the median of the last few, so that a spike counts as one voice. Between two measured widths times rise evenly;
+beyond them a line is drawn through all. Until two widths are known its slope is assumed, in favour of what has not been tried: wider windows
 are taken to be nearly free, narrower ones to be much cheaper. A wrong hope costs one cycle; then it is measured.
 
 Knows nothing of models or tensors.
@@ -10,6 +10,7 @@ Knows nothing of models or tensors.
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 from statistics import median_low
 from typing import NamedTuple
 
@@ -37,7 +38,8 @@ class _Widths:
 
     def __init__(self) -> None:
         self._times: dict[int, deque[float]] = {}
-        self._medians: dict[int, float] = {}
+        self._own: dict[int, float] = {}  # medians
+        self._medians: dict[int, float] = {}  # the same, where a wider window that took less tells of a spike: its own
 
     def __contains__(self, width: int) -> bool:
         return width in self._times
@@ -45,7 +47,11 @@ class _Widths:
     def add(self, width: int, seconds: float) -> None:
         times = self._times.setdefault(width, deque(maxlen=_KEPT))
         times.append(seconds)
-        self._medians[width] = median_low(times)
+        self._own[width] = median_low(times)
+        least = inf
+        for other in sorted(self._own, reverse=True):
+            least = min(least, self._own[other])
+            self._medians[other] = least
 
     def line(self, slope: float) -> tuple[float, float]:
         """Cost of a window of one, and of every further position, given the latter's assumed share of the former."""
@@ -87,7 +93,12 @@ class _Widths:
         line = first + further * (width - 1)
         times = self._times.get(width)
         if times is None:
-            return line
+            below = max((other for other in self._times if other < width), default=None)
+            above = min((other for other in self._times if other > width), default=None)
+            if below is None or above is None:
+                return line
+            share = (width - below) / (above - below)
+            return (1 - share) * self.seconds(below, slope) + share * self.seconds(above, slope)
         if len(times) < _FEW:
             return min(self._medians[width], line)  # a spike among so few would keep the width from being tried again
         return (len(times) * self._medians[width] + _LINE_WEIGHT * line) / (len(times) + _LINE_WEIGHT)

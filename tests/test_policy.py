@@ -72,6 +72,16 @@ def test_what_was_not_measured_is_hoped_to_be_cheap():
     assert table.seconds("expert", 1, 1) is None
 
 
+def test_a_spike_of_a_narrow_window_is_told_by_a_wider_one():
+    """A single time, five times too long, of a width that would else never be tried again, nor any beside it."""
+    table = CostTable()
+    for _ in range(9):
+        table.add("base", 1, 1, 1.0)
+        table.add("base", 1, 5, 1.4)
+    table.add("base", 1, 3, 6.0)
+    assert [table.seconds("base", 1, width) for width in (2, 3, 4)] == pytest.approx([1.1, 1.2, 1.3], abs=0.1)
+
+
 def test_other_numbers_of_rows_lend_their_slope_and_then_their_times():
     table = CostTable()
     for _ in range(9):
@@ -90,7 +100,7 @@ def test_noise_makes_no_line_fall_or_rise_faster_than_its_windows():
     table.add("steep", 1, 4, 1.0)
     table.add("steep", 1, 5, 3.0)
     falling = [table.seconds("falls", 1, width) for width in (2, 3, 9)]
-    assert falling[0] == falling[1] == falling[2] and 0.8 <= falling[0] <= 1.0
+    assert falling == sorted(falling) and falling[0] >= 0.78 and falling[-1] <= 1.0
     first = table.seconds("steep", 1, 1)
     assert first is not None and first > 0.3
 
@@ -182,7 +192,7 @@ def test_it_comes_back_when_the_text_turns_easy(seed, batch):
     texts = [synthetic_recording([(0.03, 200), (0.95, 200)], 100 * seed + row) for row in range(batch)]
     auto = replay(AutoPolicy(), texts, batch, Costs.memory_bound(0.1, slope=0.1 / batch), noise=0.1, seed=seed)
     turned = next(cycle for cycle, places in enumerate(auto.places) if min(places.values()) >= 200)
-    assert sum(plan.num_drafts == 0 for plan in auto.plans[turned - 100 : turned - 20]) > 40
+    assert sum(plan.num_drafts == 0 for plan in auto.plans[turned - 100 : turned - 20]) > 50
     assert any(plan.num_drafts >= 3 for plan in auto.plans[turned : turned + 20])
 
 
@@ -216,7 +226,7 @@ def test_without_times_of_forwards_it_goes_by_those_of_cycles():
     plans = replay(policy, texts, 1, Costs.memory_bound(0.1)).plans
     assert plans[-3].num_drafts >= 8
     plans = replay(policy, [synthetic_recording([(0.0, 200)], 0)], 1, Costs.memory_bound(0.1)).plans
-    assert sum(plan.num_drafts == 0 for plan in plans) > 160
+    assert sum(plan.num_drafts == 0 for plan in plans) > 165
 
 
 def test_predictions_come_true():
