@@ -1,8 +1,9 @@
 """What forwards cost: running estimates from measured times, by what ran, how many rows and how wide a window.
 
-A time is the median of the last few, so that a spike counts as one voice. Between two measured widths times rise evenly;
-beyond them a line is drawn through all. Until two widths are known its slope is assumed, in favour of what has not been tried: wider windows
-are taken to be nearly free, narrower ones to be much cheaper. A wrong hope costs one cycle; then it is measured.
+A time is the median of the last few, so that a spike counts as one voice; and a wider window is never cheaper, so that
+one that took less tells of a spike. Between two measured widths times rise evenly, beyond them a line is drawn through
+all. Until two widths are known its slope is assumed, in favour of what has not been tried: wider windows are taken to
+be nearly free, narrower ones to be much cheaper. A wrong hope costs one cycle; then it is measured.
 
 Knows nothing of models or tensors.
 """
@@ -39,7 +40,7 @@ class _Widths:
     def __init__(self) -> None:
         self._times: dict[int, deque[float]] = {}
         self._own: dict[int, float] = {}  # medians
-        self._medians: dict[int, float] = {}  # the same, where a wider window that took less tells of a spike: its own
+        self._medians: dict[int, float] = {}  # the least of a width's own and those of wider ones
 
     def __contains__(self, width: int) -> bool:
         return width in self._times
