@@ -27,9 +27,9 @@ from specproxy.draft.entropy import expert_entropy
 from specproxy.early_stop import EarlyStop, EntropyOdds
 from specproxy.forecast import Forecast
 from specproxy.policy import CycleReport, Outlook, Plan
-from specproxy.state import Draft
+from specproxy.state import DecodeState, Draft
 from specproxy.trio import Trio
-from specproxy_kernels import DraftLaw
+from specproxy_kernels import DraftLaw, NoiseStream
 
 ROWS = role_prompts([3, 9, 1, 6], seed=21)
 
@@ -273,6 +273,23 @@ def test_no_token_is_drawn_that_is_not_verified(model, monkeypatch):
     call(model, do_sample=True, seed=2)
     assert len(policy.lengths) > 3
     assert len(drawn) == sum(report.plan.num_drafts for _, report in policy.told)
+
+
+@pytest.mark.parametrize(("rule", "is_own"), [("rejection", True), ("block", True), ("coupled", False)])
+def test_no_later_cycle_comes_back_to_the_noise_of_a_stop(model, monkeypatch, rule, is_own):
+    """A length, which the next plan knows, follows from tokens behind a refused one too. `coupled` comes back."""
+    streams = []
+    noise = DecodeState.noise
+
+    def kept(self: DecodeState, fresh: bool = False) -> NoiseStream:
+        streams.append(noise(self, fresh))
+        return streams[-1]
+
+    monkeypatch.setattr(DecodeState, "noise", kept)
+    use(monkeypatch, Stops())
+    call(model, do_sample=True, seed=2, acceptance=rule)
+    stopped = streams[:-3]  # the last cycles may have no room for a draft
+    assert stopped and all((stream.block_start is not None) == is_own for stream in stopped)
 
 
 CASES = [
