@@ -139,8 +139,8 @@ def test_an_assistant_one_position_late_is_noticed(monkeypatch: pytest.MonkeyPat
         runner.cache.set_lengths(0, [max(0, length - (length > 9)) for length in lengths])
         runner.cache.host_lengths[: len(state)] = lengths
 
-    own = assistant_module._find_rows
-    monkeypatch.setattr(assistant_module, "_find_rows", late)
+    own = assistant_module.find_rows
+    monkeypatch.setattr(assistant_module, "find_rows", late)
     proxy, prompts = equal_models()
     assert run(proxy, prompts, drafter="assistant").speculation.acceptance_rate < 1.0
 

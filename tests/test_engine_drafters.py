@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -104,6 +105,17 @@ def every_draft_survives(engine: Driven, least: int = 60) -> None:
     assert counts.num_draft_tokens == counts.num_accepted_tokens > least
 
 
+def assert_it_holds_its_rows(engine: Driven, reader: Any) -> None:
+    """Keys of every row in the assistant's cache are those that another copy of it makes of the row's text."""
+    runner, rows = engine.scheduler.runners.assistant, engine.scheduler.runners.assistant_rows
+    assert runner is not None and rows
+    for slot, row in enumerate(rows):
+        text = [*row.prompts["base"], *row.tokens][: runner.cache.host_lengths[slot]]
+        made = reader(torch.tensor([text]), use_cache=True).past_key_values
+        for own, expected in zip(runner.cache.layers, made.layers, strict=True):
+            torch.testing.assert_close(own.keys[slot, :, : len(text)], expected.keys[0])
+
+
 @pytest.mark.parametrize("arguments", [{}, {"do_sample": True, "top_k": 0}], ids=["greedy", "sampled"])
 def test_the_assistants_cache_follows_the_rows(arguments: dict[str, Any]) -> None:
     with driven(equal_models(), max_batch_size=3, prefill_chunk=7, drafter="assistant") as engine:
@@ -131,7 +143,7 @@ def test_an_assistant_that_follows_the_wrong_row_is_noticed(monkeypatch: pytest.
         runners.assistant_rows = list(state.rows)
         runners.assistant.cache.set_lengths(0, [assistant_module._length(row) - 1 for row in state.rows])
 
-    monkeypatch.setattr(assistant_module, "_find_rows", unmoved)
+    monkeypatch.setattr(assistant_module, "find_rows", unmoved)
     with driven(equal_models(), max_batch_size=3, prefill_chunk=7, drafter="assistant") as engine:
         traffic(engine, CALLS)
         with pytest.raises(AssertionError):
@@ -168,16 +180,43 @@ def test_the_assistant_reads_prompts_in_pieces(monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
-def test_a_prompt_that_others_have_read_is_read_by_the_assistant() -> None:
-    """Keys and values of prompts that begin alike are copied in the models of the law; and texts with logarithms."""
-    with driven(equal_models(), max_batch_size=2, drafter="assistant") as engine:
-        for further in ({}, {"logprobs": 1}, {"prompt_logprobs": 1}):
-            handles = [engine.submit([*PROMPTS[1], 7 + i], max_new_tokens=12, **further) for i in range(3)]
-            outputs = engine.finish(*handles)
-        every_draft_survives(engine)
-        assert engine.engine.stats().reused_tokens > 60
-    assert outputs[0].tokens == alone([*PROMPTS[1], 7], equal_models(), max_new_tokens=12)
-    assert outputs[0].prompt_logprobs is not None and len(outputs[0].prompt_logprobs) == 31
+def test_the_assistant_reads_no_prompt_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of prompts that begin alike are copied in its cache too, from rows in flight and from ended ones;
+    where logarithms of the prompt are asked for, every model reads all of it."""
+    read: list[int] = []
+    extend = Runner.extend
+
+    def extended(runner: Runner, first: int, ids: list[list[int]], **keywords: Any) -> Any:
+        read.extend(map(len, ids) if runner.role == "assistant" else ())
+        return extend(runner, first, ids, **keywords)
+
+    def follow(further: list[int]) -> None:
+        read.clear()
+        handle = engine.submit([*long, *further], max_new_tokens=9)
+        while handle.output is None:
+            engine.turn()
+            assert_it_holds_its_rows(engine, reader)
+        assert handle.output.tokens == alone([*long, *further], equal_models(), max_new_tokens=9)
+        assert sum(read) <= min(len(further), 3)
+
+    monkeypatch.setattr(Runner, "extend", extended)
+    long, other, reader = PROMPTS[6], PROMPTS[1], copy.deepcopy(equal_models().assistant)
+    with driven(equal_models(), max_batch_size=3, drafter="assistant") as engine:
+        ended, running = engine.submit(other, max_new_tokens=4), engine.submit(long, max_new_tokens=30)
+        engine.turn()
+        assert sum(read) == len(other) + len(long) - 2
+        assert ended.output is not None and running.output is None  # the long one's row has moved, in its own models
+        follow([7, 8, 9])
+        assert running.output is None
+        follow([7, 8, 5, 6])  # of which the one before has read two tokens more
+        engine.finish(running)
+        follow([*running.result(0).tokens, 9])  # a whole text, whose last token the assistant has not read
+        read.clear()
+        (output,) = engine.finish(engine.submit([*other, 7], max_new_tokens=9, prompt_logprobs=1))
+        assert sum(read) == len(other) and output.prompt_logprobs is not None
+        assert len(output.prompt_logprobs) == len(other) + 1
+        every_draft_survives(engine, least=40)
+        engine.assert_empty()
 
 
 @pytest.mark.parametrize("error", [MemoryError("none left"), RuntimeError("broken")], ids=["memory", "other"])

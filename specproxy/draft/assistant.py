@@ -19,7 +19,7 @@ from specproxy.state import BASE, DecodeState, Draft, Row
 from specproxy.trio import TrioRunners
 from specproxy_kernels import DraftLaw, NoiseStream
 
-__all__ = ["AssistantDrafter", "adopt_row"]
+__all__ = ["AssistantDrafter", "adopt_row", "find_rows", "slot_and_length"]
 
 _LONGEST_WINDOW = 64  # tokens; a longer delay is made up for as a prompt is read
 _PIECE = 2048
@@ -54,7 +54,7 @@ class AssistantDrafter:
         assert runner is not None, "there is no assistant"
         parameters = state.warp(count + 1)
         noise.expect(count + (state.rule == "coupled"))
-        _find_rows(state, runners)
+        find_rows(state, runners)
         logits = _catch_up(state, runner).to(state.device)
         drafts = torch.empty(state.width, 0, dtype=torch.long, device=state.device)
         laws: list[DraftLaw] = []
@@ -91,7 +91,7 @@ def adopt_row(state: DecodeState, runners: TrioRunners, row: Row, slot: int) -> 
         slot: where, in the assistant's cache; behind all rows in flight.
     """
     assert runners.assistant is not None, "there is no assistant"
-    _find_rows(state, runners)  # what stands in the row's place may have moved
+    find_rows(state, runners)  # what stands in the row's place may have moved
     cache = runners.assistant.cache
     cache.clear(len(state))
     cache.move(slot, len(state))
@@ -99,23 +99,39 @@ def adopt_row(state: DecodeState, runners: TrioRunners, row: Row, slot: int) -> 
     row.memory[AssistantDrafter.name] = _Reading(_length(row), torch.empty(1, 0, dtype=torch.long), 0)
 
 
-def _find_rows(state: DecodeState, runners: TrioRunners) -> None:
-    """Set every slot's cached length to what still holds of its row, which may have moved or be new."""
+def slot_and_length(runners: TrioRunners, row: Row) -> tuple[int, int] | None:
+    """Where a row stands in the assistant's cache, and how many leading positions of its text hold there.
+
+    Args:
+        runners: of the models.
+        row: at any time between two cycles, or at the end of one.
+
+    Returns:
+        The slot and the length, the pending token left out; None where the assistant holds nothing of the row.
+    """
+    slot = next((i for i, owner in enumerate(runners.assistant_rows) if owner is row), None)
+    reading: _Reading | None = row.memory.get(AssistantDrafter.name)
+    if slot is None or reading is None:
+        return None
+    kept = reading.length
+    following = row.tokens[kept - len(row.prompts[BASE]) :]
+    for draft, token in zip(reading.drafts[reading.slot].tolist(), following, strict=False):
+        if draft != token:
+            break
+        kept += 1
+    return slot, min(kept, _length(row) - 1)
+
+
+def find_rows(state: DecodeState, runners: TrioRunners) -> None:
+    """Give every row in flight its own slot in the assistant's cache, with the length of what still holds there."""
     assert runners.assistant is not None, "there is no assistant"
-    cache, owners = runners.assistant.cache, runners.assistant_rows
+    cache = runners.assistant.cache
     held: dict[int, int] = {}
-    for slot, owner in enumerate(owners):
-        reading: _Reading | None = owner.memory.get(AssistantDrafter.name)
-        if reading is None:
-            continue
-        kept = reading.length
-        following = owner.tokens[kept - len(owner.prompts[BASE]) :]
-        for draft, token in zip(reading.drafts[reading.slot].tolist(), following, strict=False):
-            if draft != token:
-                break
-            kept += 1
-        held[id(owner)] = slot
-        cache.set_lengths(slot, [min(kept, _length(owner) - 1)])
+    for row in state.rows:
+        found = slot_and_length(runners, row)
+        if found is not None:
+            held[id(row)], length = found
+            cache.set_lengths(found[0], [length])
     # Rows move to lower slots alone, so that none is overwritten before it has moved.
     for slot, row in enumerate(state.rows):
         source = held.get(id(row))

@@ -120,7 +120,7 @@ class Engine:
         max_queue: requests that may wait; `submit` refuses more.
         num_draft_tokens: drafts a cycle, or "auto"; a request may ask for another number, under "auto" for fewer.
         acceptance: "rejection", "block" or "coupled".
-        drafter: as in `generate`; an assistant reads every prompt anew, beside the others' pieces.
+        drafter: as in `generate`.
         num_tree_tokens: nodes of a token tree, at most 63, that cycles draft in place of a chain, up to
             `num_draft_tokens` deep, as long as the rule is "coupled" or every request in flight is greedy; beside a
             request that samples under another rule all of them draft chains.

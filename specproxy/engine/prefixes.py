@@ -7,15 +7,15 @@ have made, up to rounding. Every role reads its own prompt and is matched by its
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from specproxy.trio import TrioRunners
+from specproxy.cache import RaggedCache
 
-__all__ = ["PrefixStore", "common_length"]
+__all__ = ["Place", "PrefixStore", "common_length"]
 
 _LEAST = 8  # shorter prefixes are read again: nearly every text shares a few leading tokens with another
 
@@ -51,6 +51,13 @@ class _Entry:
         return all(self.tokens[role][: len(given)] == given for role, given in tokens.items())
 
 
+class Place(NamedTuple):
+    """A row of a model's cache."""
+
+    cache: RaggedCache
+    slot: int
+
+
 class Match(NamedTuple):
     """A role's longest known prefix: its length, and what gives it."""
 
@@ -75,12 +82,11 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def keep(self, runners: TrioRunners, slot: int, tokens: dict[str, list[int]]) -> None:
+    def keep(self, places: Mapping[str, Place], tokens: dict[str, list[int]]) -> None:
         """Copy a row.
 
         Args:
-            runners: whose caches hold the row.
-            slot: where.
+            places: per role, where it stands.
             tokens: per role, the tokens whose keys and values are there, from the first on.
         """
         if not _LEAST <= max(map(len, tokens.values())) <= self.max_positions:
@@ -91,7 +97,7 @@ class PrefixStore:
                 return
             if all(common_length(entry.tokens[role], tokens[role]) == len(entry.tokens[role]) for role in tokens):
                 self._drop(number)  # the new one begins with all of it
-        copies = {role: runner.cache.export(slot, len(tokens[role])) for role, runner in runners.by_role.items()}
+        copies = {role: place.cache.export(place.slot, len(tokens[role])) for role, place in places.items()}
         entry = self._entries[self._next] = _Entry({role: list(given) for role, given in tokens.items()}, copies)
         self.positions += entry.positions
         self._next += 1
@@ -102,13 +108,12 @@ class PrefixStore:
         self.positions -= self._entries.pop(number).positions
 
     def restore(
-        self, runners: TrioRunners, slot: int, prompts: dict[str, list[int]], rows: Sequence[dict[str, list[int]]]
+        self, places: Mapping[str, Place], prompts: dict[str, list[int]], rows: Sequence[dict[str, list[int]]]
     ) -> dict[str, int]:
         """Begin a row with what is known of its prompts.
 
         Args:
-            runners: whose caches take it.
-            slot: where it goes; empty, and not among `rows`.
+            places: per role, where it goes: a slot that is empty, and not among `rows`.
             prompts: per role; the last token of each is left out, since it opens the row's first window.
             rows: for the leading slots of the caches, which tokens they hold, per role.
 
@@ -118,7 +123,7 @@ class PrefixStore:
         found: dict[str, int] = {}
         for role, prompt in prompts.items():
             match = self._find(role, prompt[:-1], rows)
-            cache = runners.by_role[role].cache
+            cache, slot = places[role]
             if match.slot is not None:
                 cache.move(match.slot, slot, match.length)
             elif match.entry is not None:

@@ -1,7 +1,7 @@
 """The prompt that is being read: in pieces, into a slot of its own behind the rows in flight.
 
 It holds nobody up for longer than a piece takes. What is known of it already, from rows in flight or from kept
-prefixes, is copied. Where an assistant drafts, it reads the prompt too, always anew. Knows nothing of queues or cycles.
+prefixes, is copied. Where an assistant drafts, it reads the prompt too. Knows nothing of queues or cycles.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specproxy.draft.assistant import adopt_row
+from specproxy.draft.assistant import adopt_row, find_rows, slot_and_length
 from specproxy.engine.logprobs import token_logprobs
-from specproxy.engine.prefixes import PrefixStore
+from specproxy.engine.prefixes import Place, PrefixStore
 from specproxy.engine.requests import Request
 from specproxy.runner import Runner
 from specproxy.state import ASSISTANT, BASE, DecodeState, Row
@@ -75,15 +75,33 @@ class PromptReader:
             prompts[ASSISTANT] = prompts[BASE]
         self.reading = Reading(request, prompts, dict.fromkeys(self._readers, 0))
         if request.prompt_logprobs is None and self._prefixes.max_positions:  # those need every position's logits
-            held = [self.held(row, slot) for slot, row in enumerate(self._state.rows)]
-            self.reading.done |= self._prefixes.restore(self._runners, self._slot, request.row.prompts, held)
+            if ASSISTANT in self._readers:
+                find_rows(self._state, self._runners)  # in its cache rows stand where they were when it drafted
+            held = [self._held(row, slot) for slot, row in enumerate(self._state.rows)]
+            self.reading.done |= self._prefixes.restore(self._places(self._slot), prompts, held)
         request.num_reused_tokens = self.reading.done[BASE]
 
-    def held(self, row: Row, slot: int) -> dict[str, list[int]]:
-        """Per role of the law, the tokens whose keys and values stand in a row's slot."""
+    def keep(self, row: Row, slot: int) -> None:
+        """Copy a row that has ended, for prompts that begin alike, while the caches still hold it."""
+        if not self._prefixes.max_positions:
+            return
+        places, tokens = self._places(slot), self._held(row, slot)
+        if ASSISTANT in places:
+            found = slot_and_length(self._runners, row)
+            if found is None:
+                return
+            places[ASSISTANT] = Place(places[ASSISTANT].cache, found[0])
+            tokens[ASSISTANT] = [*row.prompts[BASE], *row.tokens][: found[1]]
+        self._prefixes.keep(places, tokens)
+
+    def _places(self, slot: int) -> dict[str, Place]:
+        return {role: Place(runner.cache, slot) for role, runner in self._readers.items()}
+
+    def _held(self, row: Row, slot: int) -> dict[str, list[int]]:
+        """Per role, the tokens whose keys and values stand in a row's slot."""
         return {
-            role: [*row.prompts[role], *row.tokens][: runner.cache.host_lengths[slot]]
-            for role, runner in self._runners.by_role.items()
+            role: [*row.prompts.get(role, row.prompts[BASE]), *row.tokens][: runner.cache.host_lengths[slot]]
+            for role, runner in self._readers.items()
         }
 
     def read(self, budget: int) -> int:

@@ -245,8 +245,8 @@ class Scheduler:
         evict_finished(self.state, self.runners)  # whoever could not be delivered to
 
     def _retain(self, row: Row, slot: int) -> None:
-        if row.finish_reason in FINISHED and self.prefixes.max_positions:
-            self.prefixes.keep(self.runners, slot, self._prompts.held(row, slot))
+        if row.finish_reason in FINISHED:
+            self._prompts.keep(row, slot)
 
     def _deliver(self, request: Request) -> None:
         """Hand a row's new tokens out, and its end where it has come."""
