@@ -66,10 +66,12 @@ def driven(proxy: ProxyTunedModel | None = None, **options: Any) -> Iterator[Dri
     """An engine of which the test runs every turn."""
     engine = Engine(model() if proxy is None else proxy, **options)
     engine._shared.thread = threading.current_thread()  # it has one already, so it starts none
-    with _serving(engine._shared) as scheduler:
-        yield Driven(engine, scheduler)
-    engine._shared.end("cancelled", None)
-    engine.close()
+    try:
+        with _serving(engine._shared) as scheduler:
+            yield Driven(engine, scheduler)
+        engine._shared.end("cancelled", None)
+    finally:
+        engine.close()
 
 
 def alone(prompt: Sequence[int], proxy: ProxyTunedModel | None = None, **arguments: Any) -> list[int]:

@@ -237,3 +237,13 @@ def test_the_loop_gives_up_after_repeated_faults_and_tells_everybody() -> None:
     assert engine.drain(1)
     engine.close()
     assert alone(PROMPTS[0], max_new_tokens=5)  # the models are the caller's again
+
+
+def test_whoever_collects_a_closed_engine_does_not_wait_for_its_thread() -> None:
+    held = [Engine(engines.model())]
+    held[0]._shared.thread = threading.main_thread()  # one that does not end
+    held[0].close()
+    worker = threading.Thread(target=held.clear, daemon=True)
+    worker.start()
+    worker.join(20)
+    assert not worker.is_alive()

@@ -326,6 +326,7 @@ class Engine:
 
     def close(self) -> None:
         """Cancel what has not ended, stop the thread and give the models back. May be called again."""
+        self._close.detach()  # else whoever collects the engine later, in any thread, would come to wait here too
         _stop(self._shared)
 
     def __enter__(self) -> Engine:
