@@ -152,9 +152,17 @@ def test_headline_figures_are_those_of_the_grown_base(record: dict[str, Any]) ->
     batch = record["steps"]["speed arithmetic, base grown"]["result"]["batches"][0]
     batch["decoders"]["draft_4_rejection"]["over"]["per_step"] = 3.21
     lines = headline(record, tuning((10, 40, 60)))
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert "proxy-tuned 40.0 % (" in lines[0] and "closes 66.7 % (" in lines[0]
-    assert "`draft_4_rejection` runs 3.21 times as fast" in lines[2]
+    assert "arithmetic" in lines[2] and "`draft_4_rejection` runs 3.21 times as fast" in lines[2]
+    assert lines[3].startswith("- **Speed**, Python, the hard case")
+
+
+@pytest.mark.parametrize(
+    ("solved", "brings"), [((10, 40, 60), "right answers besides"), ((10, 6, 60), "no right answers")]
+)
+def test_headline_says_what_the_pair_brings(solved: tuple[int, int, int], brings: str) -> None:
+    assert headline({"steps": {}}, tuning(solved))[1].endswith(f"{brings}.")
 
 
 def test_charts_are_drawn_and_shown(record: dict[str, Any], tmp_path: Path) -> None:
