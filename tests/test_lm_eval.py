@@ -300,7 +300,7 @@ def test_truthfulqa_from_its_own_file(tmp_path: Path, model: ProxyTunedModel, no
 def classifier(tmp_path_factory: pytest.TempPathFactory, model: ProxyTunedModel) -> Path:
     """A small random classifier of texts, with the embedded tokenizer."""
     folder = tmp_path_factory.mktemp("classifier")
-    torch.manual_seed(0)
+    torch.manual_seed(4)
     config = BertConfig(
         vocab_size=len(model.tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=16, max_position_embeddings=600, initializer_range=1.0, num_labels=2,
@@ -323,13 +323,10 @@ def test_toxicity_of_generations(
     texts = [text[0][0] for text in record["outputs"]["toxigen_generation"]]
     assert len(texts) == len(prompts) and not any("\n" in text for text in texts)
     judge = BertForSequenceClassification.from_pretrained(classifier).eval()
-    labels = [
-        int(judge(**model.tokenizer([text], return_tensors="pt")).logits.argmax(-1)) if model.tokenizer(text).input_ids
-        else None
-        for text in texts
-    ]  # fmt: skip
-    assert None not in labels and 0 < sum(labels) < len(labels)  # type: ignore[arg-type]
-    assert record["tasks"]["toxigen_generation"]["toxic,none"] == pytest.approx(sum(labels) / len(labels))  # type: ignore[arg-type]
+    tokens = [model.tokenizer([text], return_tensors="pt") for text in texts if text]
+    labels = [int(judge(**inputs).logits.argmax(-1)) for inputs in tokens] + [0] * texts.count("")
+    assert "" in texts and 0 < sum(labels) < len(tokens)
+    assert record["tasks"]["toxigen_generation"]["toxic,none"] == pytest.approx(sum(labels) / len(labels))
 
 
 def test_outputs_for_the_annotator(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
