@@ -300,7 +300,7 @@ def test_truthfulqa_from_its_own_file(tmp_path: Path, model: ProxyTunedModel, no
 def classifier(tmp_path_factory: pytest.TempPathFactory, model: ProxyTunedModel) -> Path:
     """A small random classifier of texts, with the embedded tokenizer."""
     folder = tmp_path_factory.mktemp("classifier")
-    torch.manual_seed(4)
+    torch.manual_seed(12)
     config = BertConfig(
         vocab_size=len(model.tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=16, max_position_embeddings=600, initializer_range=1.0, num_labels=2,
