@@ -49,6 +49,8 @@ _LEVELS = (0.3, 0.45, 0.6, 0.75, 0.9)
 _FIRST = (4, 0, 4)  # drafts of the first cycles: two widths make a line, and a first cycle is often a slow one
 _STALE = 32, 128  # cycles after which drafting, or per-step, is measured once more: at first, and in the end
 _GAIN = 0.02  # by which a plan must promise more than the present one; per-step needs none
+# By which drafts must promise more than per-step, and to leave it: the best of many estimates is seldom what it seems.
+_OVER_PER_STEP, _FROM_PER_STEP = 0.05, 0.08
 _DOUBT = 2.0  # times may have been taken for this much longer than they are
 _GAIN_OF_CAPTURE = 0.1  # by which a plan that has yet to be captured must promise more than one that has been
 _LISTEN_EVERY = 2  # per-step cycles
@@ -234,13 +236,16 @@ class AutoPolicy:
         return best if _DOUBT * best.rate > idle.rate and best.tokens > (1 + _GAIN) * idle.tokens else None
 
     def _settle(self, options: list[_Option]) -> _Option:
-        """The best option, or the present one where it is not enough worse to leave it."""
-        best = max(options, key=self._worth)
+        """The best option, or the present one, or per-step, where it is not enough worse to leave it."""
+        idle, best = options[0], max(options, key=self._worth)
         chances = [option.rate for option in options if option.plan.drafter == _LOOKUP]
         self._without_lookup = 0 if max(chances, default=0.0) > _NEARLY * best.rate else self._without_lookup + 1
         present = next((option for option in options if option.plan == self._present), None)
         if present is not None and best.plan.num_drafts and self._worth(best) <= present.rate * (1 + _GAIN):
             best = present
+        gain = _FROM_PER_STEP if present is idle else _OVER_PER_STEP
+        if best.plan.num_drafts and self._worth(best) <= idle.rate * (1 + gain):
+            best = idle
         self._present = best.plan
         return best
 
