@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import oracle
+import pytest
 import tiny
 import torch
 from transformers import LogitsProcessor
+
+from specproxy.trio import Trio
 
 #: Fills padded prompt columns: an ordinary id, so that padding which is read by mistake changes the text.
 FILLER = tiny.VOCAB_SIZE - 1
@@ -123,3 +126,16 @@ class FavourOdd(LogitsProcessor):
         scores = scores.clone()
         scores[:, 1::2] += 0.5 + 0.1 * (input_ids.shape[1] % 3)
         return scores
+
+
+def use_policy(monkeypatch: pytest.MonkeyPatch, policy: Any) -> None:
+    """Let "auto" mean this policy."""
+
+    class Given:
+        def __enter__(self) -> Any:
+            return policy
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr(Trio, "policy", lambda self, drafters, captured: Given())

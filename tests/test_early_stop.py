@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from loop_law import LoopCase
-from support import role_prompts
+from support import role_prompts, use_policy
 from test_lora import pair
 
 import specproxy.draft.expert
@@ -28,7 +28,6 @@ from specproxy.early_stop import EarlyStop, EntropyOdds
 from specproxy.forecast import Forecast
 from specproxy.policy import CycleReport, Outlook, Plan
 from specproxy.state import DecodeState, Draft
-from specproxy.trio import Trio
 from specproxy_kernels import DraftLaw, NoiseStream
 
 ROWS = role_prompts([3, 9, 1, 6], seed=21)
@@ -78,19 +77,6 @@ class Stops:
     @property
     def lengths(self) -> set[int]:
         return {report.plan.num_drafts for _, report in self.told}
-
-
-def use(monkeypatch: pytest.MonkeyPatch, policy: Any) -> None:
-    """Let "auto" mean this policy."""
-
-    class Given:
-        def __enter__(self) -> Any:
-            return policy
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-    monkeypatch.setattr(Trio, "policy", lambda self, drafters, captured: Given())
 
 
 def call(model: ProxyTunedModel, num_draft_tokens: Any = "auto", rows: Any = ROWS, **settings: Any) -> Any:
@@ -205,7 +191,7 @@ def test_a_budget_is_no_gain():
 )
 def test_no_stop_changes_a_token(model, monkeypatch, settings):
     per_step = call(model, 0, **settings).sequences.tolist()
-    use(monkeypatch, policy := Stops())
+    use_policy(monkeypatch, policy := Stops())
     assert call(model, **settings).sequences.tolist() == per_step
     assert {0, 1} <= policy.lengths and max(policy.lengths) >= 4
 
@@ -214,14 +200,14 @@ def test_no_stop_changes_a_token(model, monkeypatch, settings):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_pair_of_one_set_of_weights(monkeypatch):
     per_step = call(pair().whole, 0).sequences.tolist()
-    use(monkeypatch, policy := Stops())
+    use_policy(monkeypatch, policy := Stops())
     assert call(pair().shared).sequences.tolist() == per_step
     dropped = [stop for stop, _ in policy.told if stop.asked and stop.asked[-1][1] < len(stop.asked)]
     assert dropped, "a law that nothing was drawn from serves the bonus position, and no shared pass has to"
 
 
 def test_reports_tell_of_entropies_up_to_the_first_refused_draft(model, monkeypatch):
-    use(monkeypatch, policy := Stops())
+    use_policy(monkeypatch, policy := Stops())
     output = call(model)
     dropped = 0
     for stop, report in policy.told:
@@ -250,7 +236,7 @@ def test_reports_tell_of_entropies_up_to_the_first_refused_draft(model, monkeypa
 def test_entropies_are_those_of_the_experts_own_laws(model, monkeypatch):
     """A row alone, whose text says what every law was."""
     rows = role_prompts([7], seed=3)
-    use(monkeypatch, policy := Stops())
+    use_policy(monkeypatch, policy := Stops())
     text = call(model, rows=rows).sequences[0]
     prompt = torch.tensor(rows.base[0])
     ids = torch.cat([prompt, text[-24:]])[None]
@@ -269,7 +255,7 @@ def test_no_token_is_drawn_that_is_not_verified(model, monkeypatch):
     drawn = []
     draw = specproxy.draft.expert.draw_draft
     monkeypatch.setattr("specproxy.draft.expert.draw_draft", lambda *args: drawn.append(1) or draw(*args))
-    use(monkeypatch, policy := Stops())
+    use_policy(monkeypatch, policy := Stops())
     call(model, do_sample=True, seed=2)
     assert len(policy.lengths) > 3
     assert len(drawn) == sum(report.plan.num_drafts for _, report in policy.told)
@@ -286,7 +272,7 @@ def test_no_later_cycle_comes_back_to_the_noise_of_a_stop(model, monkeypatch, ru
         return streams[-1]
 
     monkeypatch.setattr(DecodeState, "noise", kept)
-    use(monkeypatch, Stops())
+    use_policy(monkeypatch, Stops())
     call(model, do_sample=True, seed=2, acceptance=rule)
     stopped = streams[:-3]  # the last cycles may have no room for a draft
     assert stopped and all((stream.block_start is not None) == is_own for stream in stopped)
@@ -301,7 +287,7 @@ CALLS = 1200
 
 def loop_p_value(monkeypatch: pytest.MonkeyPatch, case: LoopCase, calls: int) -> tuple[float, Stops]:
     """Of the first tokens of one row, a call for every draw: a stop is of the whole batch, and here of this row."""
-    use(monkeypatch, policy := Stops())
+    use_policy(monkeypatch, policy := Stops())
     trio = loop_law.models(case.correlation, case.seed)
     model = ProxyTunedModel(*trio, tokenizer=loop_law.Words(case.ids), alpha=case.alpha)
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": case.length + 1, "num_draft_tokens": "auto"}
@@ -406,7 +392,7 @@ def test_decisions_are_made_again_from_what_was_told(model, monkeypatch):
             self.told.append((*self.asked, report))
             super().observe(report)
 
-    use(monkeypatch, policy := Recorded())
+    use_policy(monkeypatch, policy := Recorded())
     row = role_prompts([7], seed=3)
     for seed in range(3):
         call(model, rows=row, do_sample=True, seed=seed, max_new_tokens=40)
@@ -433,7 +419,7 @@ def test_recordings_tell_what_a_stop_sees(model, monkeypatch):
         recording = record(model, [prompt], 24, seed)
         virtual, real = Stops(), Stops()
         replay(virtual, recording, 1, Costs.memory_bound(0.1))
-        use(monkeypatch, real)
+        use_policy(monkeypatch, real)
         model.generate(
             torch.tensor([prompt]),
             max_new_tokens=24,

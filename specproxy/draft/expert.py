@@ -41,13 +41,13 @@ def _draw(state: DecodeState, runners: TrioRunners, noise: NoiseStream, plan: Pl
     noise.expect(count + (state.rule == "coupled"))
     laws: list[DraftLaw] = []
     raw: list[Tensor] = []
-    entropies = torch.empty(state.width, 0, device=state.device)
+    entropies: list[Tensor] = []
     token, length = state.pending[EXPERT][:, None], count
     while len(raw) < max(length, 1):
         raw.append(runners.expert.forward(token, offset=len(raw)).to(state.device))
         if stop is not None:
-            entropies = torch.cat([entropies, expert_entropy(raw[-1], state.vocab_size)], dim=1)
-            length = stop.length(entropies.tolist())
+            entropies.append(expert_entropy(raw[-1], state.vocab_size))
+            length = stop.length(torch.cat(entropies, dim=1).tolist())
             if length < len(raw):
                 break
             noise.expect(min(length + _AHEAD, count) + (state.rule == "coupled"))
@@ -59,7 +59,7 @@ def _draw(state: DecodeState, runners: TrioRunners, noise: NoiseStream, plan: Pl
     # Without processors the law keeps the very logits that the model gave: no second copy.
     is_kept = draft.law is not None and len(laws) == len(raw) and not state.has_processors
     draft.expert_logits = draft.law.logits if is_kept and draft.law is not None else torch.cat(raw, dim=1)
-    draft.entropies = None if stop is None else entropies
+    draft.entropies = torch.cat(entropies, dim=1) if entropies else None
     return draft
 
 
